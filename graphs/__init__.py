@@ -1,0 +1,1 @@
+"""Composed Serve applications. No logic: builders and their config files."""

@@ -1,0 +1,1 @@
+"""Pure numpy: rows of records to the tensor a trainer wants."""

@@ -1,0 +1,119 @@
+"""Configuration: one frozen pydantic model per deployment, unknown keys refused.
+
+The only module that reads the environment.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+APP_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+
+
+def _checkpoint(model: str) -> str:
+    path = Path(model).expanduser()
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"expected a local Hugging Face checkpoint directory (with config.json), got {model!r}"
+            f" (relative to {os.getcwd()})"
+        )
+    return str(path.resolve())
+
+
+class _Args(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServeOptions(_Args):
+    """How Serve runs one deployment: replicas, autoscaling on ongoing requests, resources."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
+    max_ongoing_requests: Annotated[int, Field(ge=1)] = 64
+    max_queued_requests: Annotated[int, Field(ge=-1)] = -1
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300
+    num_cpus: Annotated[float, Field(ge=0)] = 0.25
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
+            )
+        return self
+
+
+class EngineArgs(_Args):
+    """The inference engine.
+
+    ``enable_return_routed_experts``: record the experts of every token of requests that ask.
+    ``enable_transfer_obj_ref``: answer with a key instead of the array. Independent switches;
+    the second without the first is refused. ``context_length=None`` takes the model's own.
+    ``engine_kwargs`` goes to the backend's own constructor, checked there by name.
+    """
+
+    backend: Literal["transformers", "lmdeploy"] = "transformers"
+    model: Annotated[str, AfterValidator(_checkpoint)]
+    enable_return_routed_experts: bool = False
+    enable_transfer_obj_ref: bool = False
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_batch_size: Annotated[int, Field(ge=1)] = 16
+    max_waiting: Annotated[int, Field(ge=0)] = 1024
+    context_length: Annotated[int, Field(ge=2)] | None = None
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    serve: ServeOptions = ServeOptions(num_cpus=0.5, max_ongoing_requests=256)
+
+    @model_validator(mode="after")
+    def _transfer_needs_routes(self) -> Self:
+        if self.enable_transfer_obj_ref and not self.enable_return_routed_experts:
+            raise ValueError(
+                "enable_transfer_obj_ref sends routed experts by key, but"
+                " enable_return_routed_experts is off: set both, or neither"
+            )
+        return self
+
+
+class StoreArgs(_Args):
+    """The expert store. ``byte_budget`` is per shard; None takes half its node's object store.
+
+    ``backend="memory"`` keeps records in the calling process, for Serve's local testing mode.
+    """
+
+    backend: Literal["shards", "memory"] = "shards"
+    byte_budget: Annotated[int, Field(ge=1)] | None = None
+    lease_s: Annotated[float, Field(gt=0)] = 3600.0
+    put_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    call_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    serve: ServeOptions = ServeOptions(num_cpus=0.05)
+
+
+class DecoderArgs(_Args):
+    """The decoder: turns keys into tensors next to the data."""
+
+    fetch_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    serve: ServeOptions = ServeOptions(
+        max_replicas=2, target_ongoing_requests=2, max_ongoing_requests=8
+    )
+
+
+class IngressArgs(_Args):
+    """The HTTP edge."""
+
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    serve: ServeOptions = ServeOptions(num_cpus=0.1, max_ongoing_requests=512)
+
+
+class RolloutArgs(_Args):
+    """What `graphs.rollout:build` takes. ``app`` must equal the Serve application's name."""
+
+    app: Annotated[str, Field(pattern=APP_NAME)] = "rollout"
+    engine: EngineArgs
+    store: StoreArgs = StoreArgs()
+    decoder: DecoderArgs = DecoderArgs()
+    ingress: IngressArgs = IngressArgs()

@@ -1,0 +1,1 @@
+"""Plain classes that Serve runs; only graphs/ turns them into deployments."""

@@ -1,0 +1,100 @@
+"""What every inference engine does, so that the deployment and its tests know only this."""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from serve_app.records import Record
+from serve_app.types import FinishReason, GenerateRequest, UpdateMode
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The served model, as far as routes and request checks need it.
+
+    ``layers`` counts all decoder layers; ``moe_layers`` are the global indices of the sparse
+    ones, empty for a dense model.
+    """
+
+    family: str
+    layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    vocab_size: int
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChunk:
+    """What one request gained since its last chunk.
+
+    ``finish_reason`` comes with the last chunk, and with it the record: P+G-1 rows of P prompt
+    and G sampled tokens, None where no token was processed or recording was not asked for.
+    ``text`` is new text, already cut at a stop string. A stop token is a token.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: FinishReason | None = None
+    record: Record | None = None
+    weight_version: int = 0
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """An inference engine in this process, driven from one event loop.
+
+    Every method is called on that loop and none may block it. Requests run concurrently.
+    """
+
+    @property
+    def info(self) -> ModelInfo:
+        """The served model."""
+        ...
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the next forward pass uses."""
+        ...
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raise `InvalidRequest` for a request that this model can never serve."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[EngineChunk]:
+        """Sample one rollout; the last chunk has a finish reason.
+
+        Raises `InvalidRequest`, or `EngineOverloaded` when the waiting queue is full. Closing
+        the iterator aborts the request.
+        """
+        ...
+
+    async def abort(self, request_id: str | None = None) -> int:
+        """Abort one request, or all (None); return how many were running or waiting.
+
+        They end with finish reason ``abort`` and what was sampled so far.
+        """
+        ...
+
+    async def update_weights(
+        self, state: "Mapping[str, torch.Tensor]", version: int, mode: UpdateMode
+    ) -> None:
+        """Serve ``state`` (exactly the names of ``model.state_dict()``) from now on.
+
+        ``abort`` ends what runs first, ``drain`` lets it finish while new requests wait, so
+        that every record has one version. Raises `WeightsMismatch`, and the old ones stay.
+        """
+        ...
+
+    def check_health(self) -> None:
+        """Raise `EngineUnavailable` if the engine cannot serve any more."""
+        ...
+
+    async def stop(self) -> None:
+        """End all requests and free the model. Idempotent."""
+        ...

@@ -1,0 +1,180 @@
+"""The record: which experts served each token of a sequence, and everything about its bytes.
+
+The one module that knows dtype, shape, layer map, hashes and validation. A record's ids are
+``[rows, layers, top_k]``, unsigned, logical checkpoint ids; row *j* holds the experts chosen
+while the model processed token ``start + j``. P prompt and G returned tokens have P+G-1 rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from serve_app.errors import RecordError
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+Rows = npt.NDArray[np.bool_]
+
+FORMAT_VERSION = 1
+MAX_EXPERTS = 65_535
+OUTPUT_DTYPES = ("uint8", "uint16", "int32", "int64")
+
+
+def narrowest_dtype(num_experts: int) -> np.dtype[Any]:
+    """Return uint8 up to 256 experts, uint16 up to 65,535."""
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise RecordError(f"num_experts must be in [1, {MAX_EXPERTS}], got {num_experts}")
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+
+
+def hash_tokens(tokens: Sequence[int] | npt.NDArray[Any]) -> int:
+    """Hash token ids (as little-endian int64), so that an edited prefix is noticed."""
+    return int(xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, dtype="<i8").tobytes()))
+
+
+def checksum(ids: npt.NDArray[Any]) -> int:
+    """Return xxh3-64 over the ids' C-order bytes."""
+    return int(xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids).view(np.uint8).reshape(-1).data))
+
+
+@dataclass(frozen=True, slots=True)
+class RecordMeta:
+    """Everything about a record but its ids: small enough to travel with every answer.
+
+    ``moe_layers`` are global layer indices; the columns of other layers mean nothing.
+    ``invalid`` lists the rows (relative to ``start``) that must route natively.
+    """
+
+    rows: int
+    layers: int
+    top_k: int
+    num_experts: int
+    start: int
+    moe_layers: tuple[int, ...]
+    weight_version: int
+    checksum: int
+    token_hash: int | None = None
+    invalid: tuple[int, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The stored dtype, which the number of experts decides."""
+        return narrowest_dtype(self.num_experts)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the ids in bytes."""
+        return self.rows * self.layers * self.top_k * self.dtype.itemsize
+
+    @property
+    def stop(self) -> int:
+        """Sequence position after the last row."""
+        return self.start + self.rows
+
+    def verify(self, ids: npt.NDArray[Any]) -> None:
+        """Raise `RecordError` unless ``ids`` are exactly the bytes this header was made for."""
+        expected = (self.rows, self.layers, self.top_k)
+        if ids.shape != expected or ids.dtype != self.dtype:
+            raise RecordError(
+                f"record promises {self.dtype}{list(expected)}, got {ids.dtype}{list(ids.shape)}"
+            )
+        if (found := checksum(ids)) != self.checksum:
+            raise RecordError(f"record checksum is {self.checksum:016x}, bytes have {found:016x}")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A header and its ids ``[rows, layers, top_k]``."""
+
+    meta: RecordMeta
+    ids: Ids
+
+    @property
+    def start(self) -> int:
+        """Sequence position of the first row."""
+        return self.meta.start
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts a layer."""
+        return self.meta.num_experts
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Global indices of the layers whose columns mean something."""
+        return self.meta.moe_layers
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that chose these experts."""
+        return self.meta.weight_version
+
+    @property
+    def valid(self) -> Rows:
+        """Bool ``[rows]``: False where a row must route natively."""
+        valid = np.ones(self.meta.rows, dtype=np.bool_)
+        valid[list(self.meta.invalid)] = False
+        return valid
+
+
+def make_record(
+    ids: npt.ArrayLike,
+    *,
+    num_experts: int,
+    start: int = 0,
+    moe_layers: Sequence[int] | None = None,
+    weight_version: int = 0,
+    tokens: Sequence[int] | None = None,
+    valid: Rows | None = None,
+) -> Record:
+    """Validate ids ``[rows, layers, top_k]`` of any integer dtype and make them a record.
+
+    Narrows to the stored dtype; never clips. ``moe_layers=None`` means every layer. ``tokens``
+    are the token ids of the rows, for the prefix check of a continued rollout.
+    Raises `RecordError` naming what was expected and what came.
+    """
+    array = np.asarray(ids)
+    if array.ndim != 3 or 0 in array.shape:
+        raise RecordError(f"ids must be [rows, layers, top_k], none of them 0, got {array.shape}")
+    if array.dtype.kind not in "iu":
+        raise RecordError(f"ids must be integers, got {array.dtype}")
+    if start < 0:
+        raise RecordError(f"start must be >= 0, got {start}")
+    dtype = narrowest_dtype(num_experts)
+    rows, layers, top_k = array.shape
+    moe = tuple(range(layers)) if moe_layers is None else tuple(moe_layers)
+    if not moe or list(moe) != sorted(set(moe)) or moe[0] < 0 or moe[-1] >= layers:
+        raise RecordError(
+            f"moe_layers must be ascending indices below {layers} and not empty, got {moe}"
+        )
+    if top_k > num_experts:
+        raise RecordError(f"top_k {top_k} is larger than num_experts {num_experts}")
+    if len(moe) < layers:
+        cleared = np.zeros_like(array)
+        cleared[:, moe] = array[:, moe]
+        array = cleared
+    if (low := int(array.min())) < 0 or (high := int(array.max())) >= num_experts:
+        bad = low if low < 0 else high
+        raise RecordError(f"expert ids must be in [0, {num_experts}), got {bad}")
+    if tokens is not None and len(tokens) != rows:
+        raise RecordError(f"{rows} rows need {rows} token ids, got {len(tokens)}")
+    if valid is not None and valid.shape != (rows,):
+        raise RecordError(f"valid must be [{rows}], got {list(valid.shape)}")
+    stored: Ids = np.ascontiguousarray(array, dtype=dtype)
+    meta = RecordMeta(
+        rows=rows,
+        layers=layers,
+        top_k=top_k,
+        num_experts=num_experts,
+        start=start,
+        moe_layers=moe,
+        weight_version=weight_version,
+        checksum=checksum(stored),
+        token_hash=None if tokens is None else hash_tokens(tokens),
+        invalid=() if valid is None else tuple(np.flatnonzero(~valid).tolist()),
+    )
+    return Record(meta, stored)
