@@ -1,0 +1,140 @@
+"""An application's directory and shards: their names, how they are made, who explains lost keys.
+
+All are detached actors in one namespace, made by whoever needs them first (``get_if_exists``
+lets only one win). They belong to the application, not to a deployment: `serve deploy` with
+other arguments finds them again.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from serve_app.config import StoreArgs
+from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
+from serve_app.store.keys import verify
+from serve_app.store.shard import Shard, ShardIdentity
+
+NAMESPACE = "r3serve"
+_DIRECTORY = "directory"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every process that touches an application's store must know."""
+
+    secret: bytes
+    args: StoreArgs
+
+
+class Directory:
+    """Holds the application's secret and settings; runs as a small detached actor."""
+
+    def __init__(self, app: str, secret: bytes, args: StoreArgs) -> None:
+        self._app = app
+        self._settings = Settings(secret, args)
+
+    def settings(self) -> Settings:
+        """Return the secret and the newest arguments."""
+        return self._settings
+
+    def configure(self, args: StoreArgs) -> None:
+        """Take the arguments of a new deployment."""
+        self._settings = Settings(self._settings.secret, args)
+
+    def explain(self, keys: Sequence[str]) -> list[KeyUnreadable]:
+        """Say of keys whose shard is gone whether they were ever real."""
+        reasons: list[KeyUnreadable] = []
+        for key in keys:
+            try:
+                verify(key, self._app, self._settings.secret)
+            except KeyUnreadable as why:
+                reasons.append(why)
+            else:
+                reasons.append(RoutesLost("the shard that held the bytes is gone"))
+        return reasons
+
+
+def shard_name(app: str, shard: str) -> str:
+    """Return the actor name of a shard."""
+    return f"{app}/{shard}"
+
+
+def this_node() -> str:
+    """Return the id of this process's node, as shards and keys have it."""
+    return str(ray.get_runtime_context().get_node_id())[:10]
+
+
+def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[Any]:
+    """Make the application's directory, or find it and give it ``args``."""
+    actor: Any = ray.remote(Directory)
+    directory: ActorHandle[Any] = actor.options(
+        name=shard_name(app, _DIRECTORY),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+    ).remote(app, secrets.token_bytes(32), args)
+    ray.get(directory.configure.remote(args), timeout=timeout_s)
+    return directory
+
+
+def find_directory(app: str) -> ActorHandle[Any]:
+    """Find an application's directory; raise `StoreUnavailable` if it has none."""
+    try:
+        return ray.get_actor(shard_name(app, _DIRECTORY), namespace=NAMESPACE)
+    except ValueError:
+        raise StoreUnavailable(
+            f"no expert store of an application named {app!r} runs in this cluster"
+        ) from None
+
+
+def open_shard(app: str, settings: Settings) -> ActorHandle[Any]:
+    """Make this node's shard, or find it; raise `StoreUnavailable` if the name is taken."""
+    shard, timeout_s = this_node(), settings.args.call_timeout_s
+    node_id = ray.get_runtime_context().get_node_id()
+    # Hard affinity: actors that ask for no resources ignore a soft one.
+    actor: Any = ray.remote(Shard)
+    handle: ActorHandle[Any] = actor.options(
+        name=shard_name(app, shard),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=0,
+        max_concurrency=1000,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    ).remote(app, shard, settings.secret, settings.args)
+    try:
+        identity: Any = ray.get(handle.identity.remote(), timeout=timeout_s)
+    except (AttributeError, ray.exceptions.GetTimeoutError) as error:
+        raise StoreUnavailable(f"shard {shard} does not answer: {error}") from None
+    if not isinstance(identity, ShardIdentity) or identity.app != app:
+        raise StoreUnavailable(f"actor {shard_name(app, shard)!r} is not a shard of {app!r}")
+    return handle
+
+
+def list_shards(app: str) -> list[str]:
+    """Return the ids of the application's shards that have a name now."""
+    prefix = shard_name(app, "")
+    names = [
+        actor["name"].removeprefix(prefix)
+        for actor in list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)
+    ]
+    return sorted(name for name in names if name != _DIRECTORY)
+
+
+def find_shard(app: str, shard: str) -> ActorHandle[Any] | None:
+    """Find a shard by its id, None if it is gone."""
+    try:
+        return ray.get_actor(shard_name(app, shard), namespace=NAMESPACE)
+    except ValueError:
+        return None

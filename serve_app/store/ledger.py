@@ -1,0 +1,181 @@
+"""What a shard knows of its records: chains, tags, leases, tombstones. No Ray, no waiting.
+
+A record is live until it is released or its lease ends; then one byte remembers which. Its
+payload is kept as long as a child needs it, and handed back to the caller when nothing does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Generic, TypeVar
+
+from serve_app.errors import KeyExpired, KeyReleased, UnknownKey
+from serve_app.records import RecordMeta
+from serve_app.store.leases import Leases
+
+TOMBSTONES = 1 << 22
+_TRIM_AT_LEAST = 1 << 16
+
+P = TypeVar("P")
+
+
+class _State(IntEnum):
+    LIVE = 1
+    RELEASED = 2
+    EXPIRED = 3
+
+
+@dataclass(slots=True)
+class _Entry(Generic[P]):
+    meta: RecordMeta
+    payload: P
+    lease_s: float
+    tag: str | None
+    parent: int | None
+    children: int = 0
+
+
+class Ledger(Generic[P]):
+    """Records by sequence number, each with an opaque payload.
+
+    Payloads that nothing needs any more collect until `take_dropped`; whoever runs the ledger
+    gives their memory back.
+    """
+
+    def __init__(self) -> None:
+        self.released = 0
+        self.expired = 0
+        self.live = 0
+        self._next = 0
+        self._entries: dict[int, _Entry[P]] = {}
+        self._states = bytearray()
+        self._first_state = 0
+        self._leases = Leases()
+        self._tags: dict[str, dict[int, None]] = {}
+        self._dropped: list[P] = []
+
+    def add(
+        self,
+        meta: RecordMeta,
+        payload: P,
+        *,
+        now: float,
+        lease_s: float,
+        tag: str | None = None,
+        parent: int | None = None,
+    ) -> int:
+        """Keep a record until ``now + lease_s``; return its sequence number.
+
+        ``parent`` must be readable; its rows become the beginning of this record's sequence.
+        """
+        if parent is not None:
+            self._live(parent).children += 1
+        seq, self._next = self._next, self._next + 1
+        self._entries[seq] = _Entry(meta, payload, lease_s, None, parent)
+        self._states.append(_State.LIVE)
+        self._leases.add(seq, now + lease_s)
+        self.live += 1
+        if tag is not None:
+            self.tag(seq, tag)
+        return seq
+
+    def read(self, seq: int, now: float) -> list[tuple[RecordMeta, P]]:
+        """Return the record's chain, oldest ancestor first, and renew its lease."""
+        entry = self._live(seq)
+        self._leases.renew(seq, now + entry.lease_s)
+        chain = [(entry.meta, entry.payload)]
+        while entry.parent is not None:
+            entry = self._entries[entry.parent]
+            chain.append((entry.meta, entry.payload))
+        chain.reverse()
+        return chain
+
+    def renew(self, seq: int, now: float, lease_s: float) -> None:
+        """Let the lease end at ``now + lease_s``, and last as long after each read."""
+        self._live(seq).lease_s = lease_s
+        self._leases.renew(seq, now + lease_s)
+
+    def tag(self, seq: int, tag: str) -> None:
+        """Put the record under ``tag``, and under no other."""
+        entry = self._live(seq)
+        self._untag(seq, entry)
+        entry.tag = tag
+        self._tags.setdefault(tag, {})[seq] = None
+
+    def tagged(self, tag: str) -> list[int]:
+        """Return the live records under ``tag``."""
+        return list(self._tags.get(tag, ()))
+
+    def release(self, seq: int) -> bool:
+        """End a record for good; False if it had ended before (idempotent)."""
+        if self._state(seq) is not _State.LIVE:
+            return False
+        self._leases.end(seq)
+        self._end(seq, _State.RELEASED)
+        self.released += 1
+        return True
+
+    def expire(self, now: float) -> Iterator[int]:
+        """End the records whose leases are over, one a step, so that the caller may pause."""
+        for seq in self._leases.sweep(now):
+            self._end(seq, _State.EXPIRED)
+            self.expired += 1
+            yield seq
+        self._trim()
+
+    def take_dropped(self) -> list[P]:
+        """Hand over the payloads that nothing needs any more."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def _end(self, seq: int, state: _State) -> None:
+        self._states[seq - self._first_state] = state
+        self.live -= 1
+        self._untag(seq, self._entries[seq])
+        self._drop_unneeded(seq)
+
+    def _drop_unneeded(self, seq: int) -> None:
+        at: int | None = seq
+        while at is not None:
+            entry = self._entries[at]
+            if entry.children or self._states[at - self._first_state] == _State.LIVE:
+                return
+            del self._entries[at]
+            self._dropped.append(entry.payload)
+            at = entry.parent
+            if at is not None:
+                self._entries[at].children -= 1
+
+    def _untag(self, seq: int, entry: _Entry[P]) -> None:
+        if entry.tag is None:
+            return
+        under = self._tags[entry.tag]
+        del under[seq]
+        if not under:
+            del self._tags[entry.tag]
+        entry.tag = None
+
+    def _state(self, seq: int) -> _State:
+        if not 0 <= seq < self._next:
+            raise UnknownKey(f"record {seq} was never put here")
+        if seq < self._first_state:
+            return _State.RELEASED
+        return _State(self._states[seq - self._first_state])
+
+    def _live(self, seq: int) -> _Entry[P]:
+        state = self._state(seq)
+        if state is _State.RELEASED:
+            raise KeyReleased("the key was released")
+        if state is _State.EXPIRED:
+            raise KeyExpired("the key's lease ended before it was read, renewed or released")
+        return self._entries[seq]
+
+    def _trim(self) -> None:
+        """Bound the memory of ended records; the oldest of them then all read as released."""
+        oldest = next(iter(self._entries), self._next)
+        if oldest - self._leases.first >= _TRIM_AT_LEAST:
+            self._leases.trim(oldest)
+        surplus = min(oldest, self._next - TOMBSTONES) - self._first_state
+        if surplus >= _TRIM_AT_LEAST:
+            del self._states[:surplus]
+            self._first_state += surplus

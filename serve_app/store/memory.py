@@ -1,0 +1,149 @@
+"""The expert store in this process, for Serve's local testing mode and for tests without Ray."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from serve_app.config import StoreArgs
+from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull
+from serve_app.records import Ids, Record
+from serve_app.store.base import Segments, Unreadable
+from serve_app.store.keys import Key, verify
+from serve_app.store.ledger import Ledger
+from serve_app.types import ShardStats, StoreStats
+
+_SHARD = "0000000000"
+_DEFAULT_BUDGET = 1 << 30
+
+
+class MemoryStore:
+    """`RecordStore` over a dict. Thread-safe; leases are swept whenever it is used."""
+
+    def __init__(
+        self, app: str, args: StoreArgs, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._app = app
+        self._args = args
+        self._budget = args.byte_budget or _DEFAULT_BUDGET
+        self._clock = clock
+        self._ledger: Ledger[Ids] = Ledger()
+        self._changed = threading.Condition()
+        self._used = 0
+        self._counts = dict.fromkeys(("puts", "gets", "full", "waiting"), 0)
+
+    def put(
+        self,
+        record: Record,
+        *,
+        tag: str | None = None,
+        lease_s: float | None = None,
+        parent: str | None = None,
+    ) -> str:
+        """See `RecordStore`."""
+        need = record.meta.nbytes
+        with self._changed:
+            self._sweep()
+            self._counts["waiting"] += 1
+            fits = need <= self._budget and self._changed.wait_for(
+                lambda: self._used + need <= self._budget, self._args.put_timeout_s
+            )
+            self._counts["waiting"] -= 1
+            if not fits:
+                self._counts["full"] += 1
+                raise StoreFull(f"no room for {need} bytes: {self._used} of {self._budget} held")
+            ids = record.ids.copy()
+            ids.flags.writeable = False
+            seq = self._ledger.add(
+                record.meta,
+                ids,
+                now=self._clock(),
+                lease_s=lease_s or self._args.lease_s,
+                tag=tag,
+                parent=None if parent is None else self._seq(parent),
+            )
+            self._used += need
+            self._counts["puts"] += 1
+            return Key(self._app, _SHARD, 0, seq).sign(b"memory")
+
+    async def aput(self, record: Record, **how: Any) -> str:
+        """See `RecordStore`; blocks only where the budget is exhausted."""
+        return self.put(record, **how)
+
+    def fetch(self, keys: Sequence[str]) -> list[Segments | Unreadable]:
+        """See `RecordStore`."""
+        answers: list[Segments | Unreadable] = []
+        with self._changed:
+            self._sweep()
+            for text in keys:
+                try:
+                    chain = self._ledger.read(self._seq(text), self._clock())
+                except KeyUnreadable as why:
+                    answers.append(why)
+                    continue
+                self._counts["gets"] += 1
+                answers.append([Record(meta, ids) for meta, ids in chain])
+        return answers
+
+    def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
+        """See `RecordStore`."""
+        with self._changed:
+            self._sweep()
+            ended = sum(self._ledger.release(seq) for seq in self._chosen(keys, tag))
+            self._give_back()
+            return ended
+
+    def renew(self, keys: Sequence[str] = (), *, tag: str | None = None, lease_s: float) -> int:
+        """See `RecordStore`."""
+        with self._changed:
+            self._sweep()
+            chosen = self._chosen(keys, tag)
+            for seq in chosen:
+                self._ledger.renew(seq, self._clock(), lease_s)
+            return len(chosen)
+
+    def retag(self, keys: Sequence[str], tag: str) -> int:
+        """See `RecordStore`."""
+        with self._changed:
+            self._sweep()
+            chosen = self._chosen(keys, None)
+            for seq in chosen:
+                self._ledger.tag(seq, tag)
+            return len(chosen)
+
+    def stats(self) -> StoreStats:
+        """See `RecordStore`."""
+        with self._changed:
+            self._sweep()
+            shard = ShardStats(
+                shard=_SHARD,
+                live_keys=self._ledger.live,
+                live_bytes=self._used,
+                byte_budget=self._budget,
+                waiting_puts=self._counts["waiting"],
+                puts=self._counts["puts"],
+                gets=self._counts["gets"],
+                released=self._ledger.released,
+                expired=self._ledger.expired,
+                full=self._counts["full"],
+            )
+        return StoreStats((shard,))
+
+    def _chosen(self, keys: Sequence[str], tag: str | None) -> list[int]:
+        return [self._seq(key) for key in keys] + ([] if tag is None else self._ledger.tagged(tag))
+
+    def _seq(self, text: str) -> int:
+        key = verify(text, self._app, b"memory")
+        if key.epoch:
+            raise RoutesLost("the process that held the bytes is gone")
+        return key.seq
+
+    def _sweep(self) -> None:
+        for _ in self._ledger.expire(self._clock()):
+            pass
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if freed := sum(ids.nbytes for ids in self._ledger.take_dropped()):
+            self._used -= freed
+            self._changed.notify_all()
