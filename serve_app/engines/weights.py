@@ -1,0 +1,70 @@
+"""New weights for a served model: checked as a whole before anything is overwritten."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from serve_app.errors import WeightsMismatch
+
+NAMES_SHOWN = 5
+
+
+class WeightSpec:
+    """The names and shapes that a model's weights have.
+
+    ``load_state_dict`` is not atomic (it overwrites what fits before it raises about the
+    rest), hence the check before it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        state = model.state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        by_memory: dict[int, set[str]] = {}
+        for name, tensor in state.items():
+            by_memory.setdefault(tensor.data_ptr(), set()).add(name)
+        self._tied = {name: names for names in by_memory.values() for name in names}
+
+    def check(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raise `WeightsMismatch` unless ``state`` has exactly these names and shapes.
+
+        Of tied weights, one name is enough.
+        """
+        problems = []
+        missing = [name for name in self._shapes if self._tied[name].isdisjoint(state)]
+        if missing:
+            problems.append(f"missing: {_some(missing)}")
+        unknown = [name for name in state if name not in self._shapes]
+        if unknown:
+            problems.append(f"unknown: {_some(unknown)}")
+        wrong = [
+            f"{name} expected {list(shape)}, got {_describe(state[name])}"
+            for name, shape in self._shapes.items()
+            if name in state and _shape(state[name]) != shape
+        ]
+        if wrong:
+            problems.append(f"wrong shape: {_some(wrong)}")
+        if problems:
+            raise WeightsMismatch(
+                f"expected the {len(self._shapes)} weights of the served model,"
+                f" got {len(state)}; {'; '.join(problems)}"
+            )
+
+
+def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy checked weights in place, cast to the model's own dtypes."""
+    with torch.no_grad():
+        model.load_state_dict(dict(state), strict=False)
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _describe(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _some(items: list[str]) -> str:
+    shown = ", ".join(items[:NAMES_SHOWN])
+    return shown if len(items) <= NAMES_SHOWN else f"{shown} and {len(items) - NAMES_SHOWN} more"
