@@ -124,6 +124,14 @@ def pretrained(model: nn.Module) -> Any:
     raise EngineError(f"{type(model).__name__} contains no Hugging Face model")
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the text decoder: the module that is given token ids or embeddings."""
+    found = pretrained(model)
+    decoder = found.get_decoder() if hasattr(found, "get_decoder") else found
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
 def _text_config(found: Any) -> Any:
     config = found.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -135,7 +143,7 @@ def _family(config: Any) -> str:
 
 def _decoder_layers(found: Any, config: Any) -> nn.ModuleList:
     """Return the stack of decoder layers; an image tower or an MTP head is not below it."""
-    decoder = found.get_decoder() if hasattr(found, "get_decoder") else found
+    decoder = decoder_of(found)
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in decoder.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in stacks)
