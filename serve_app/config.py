@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-APP_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
-
 
 def _checkpoint(model: str) -> str:
     path = Path(model).expanduser()
@@ -47,6 +45,25 @@ class ServeOptions(_Args):
                 f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
             )
         return self
+
+    def deployment(self) -> dict[str, Any]:
+        """Return the keyword arguments that `serve.deployment` takes."""
+        options: dict[str, Any] = {
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
+            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+        }
+        if self.min_replicas == self.max_replicas:
+            return {"num_replicas": self.max_replicas, **options}
+        scaling = {
+            "min_replicas": self.min_replicas,
+            "max_replicas": self.max_replicas,
+            "target_ongoing_requests": self.target_ongoing_requests,
+            "upscale_delay_s": self.upscale_delay_s,
+            "downscale_delay_s": self.downscale_delay_s,
+        }
+        return {"autoscaling_config": scaling, **options}
 
 
 class EngineArgs(_Args):
@@ -110,9 +127,8 @@ class IngressArgs(_Args):
 
 
 class RolloutArgs(_Args):
-    """What `graphs.rollout:build` takes. ``app`` must equal the Serve application's name."""
+    """What `graphs.rollout:build` takes."""
 
-    app: Annotated[str, Field(pattern=APP_NAME)] = "rollout"
     engine: EngineArgs
     store: StoreArgs = StoreArgs()
     decoder: DecoderArgs = DecoderArgs()

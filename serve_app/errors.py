@@ -77,5 +77,9 @@ class StoreUnavailable(StoreError):
     """The shard did not answer in time. May be retried."""
 
 
+class DecoderUnavailable(StoreUnavailable):
+    """No decoder replica answered in time. May be retried; reading locally needs none."""
+
+
 class ReplayError(R3Error):
     """The recorded routes cannot be replayed in this forward pass."""

@@ -1,6 +1,6 @@
 """What every inference engine does, so that the deployment and its tests know only this."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -66,7 +66,7 @@ class Engine(Protocol):
         """Raise `InvalidRequest` for a request that this model can never serve."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[EngineChunk]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineChunk, None]:
         """Sample one rollout; the last chunk has a finish reason.
 
         Raises `InvalidRequest`, or `EngineOverloaded` when the waiting queue is full. Closing

@@ -132,11 +132,16 @@ class ShardStore:
             self._own_shard = open_shard(self._app, self._settings)
         return self._own_shard
 
+    async def _shard_here_async(self) -> Actor:
+        if self._own_shard is None:
+            return await asyncio.to_thread(self._shard_here)
+        return self._own_shard
+
     async def _send(self, batch: Sequence[tuple[Offer, Record]]) -> list[str | StoreError]:
         """Send a batch of one event loop's records; small ones by value, the others pulled."""
         small = [offer for offer, _ in batch if offer.data is not None]
         big = [(offer, record) for offer, record in batch if offer.data is None]
-        shard = self._own_shard or await asyncio.to_thread(self._shard_here)
+        shard = await self._shard_here_async()
         answers: dict[int, str | StoreError] = {}
         if small:
             kept = await self._answer_async(shard.take_small.remote(small))

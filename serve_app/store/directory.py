@@ -5,6 +5,7 @@ lets only one win). They belong to the application, not to a deployment: `serve 
 other arguments finds them again.
 """
 
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from serve_app.store.shard import Shard, ShardIdentity
 
 NAMESPACE = "r3serve"
 _DIRECTORY = "directory"
+_SHARD_ID = re.compile("[0-9a-f]{10}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def list_shards(app: str) -> list[str]:
         for actor in list_named_actors(all_namespaces=True)
         if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)
     ]
-    return sorted(name for name in names if name != _DIRECTORY)
+    return sorted(name for name in names if _SHARD_ID.fullmatch(name))
 
 
 def find_shard(app: str, shard: str) -> ActorHandle[Any] | None:

@@ -147,3 +147,13 @@ class MemoryStore:
         if freed := sum(ids.nbytes for ids in self._ledger.take_dropped()):
             self._used -= freed
             self._changed.notify_all()
+
+
+_shared: dict[str, MemoryStore] = {}
+
+
+def shared(app: str, args: StoreArgs | None = None) -> MemoryStore:
+    """Return this process's one store of an application, made at first use."""
+    if app not in _shared:
+        _shared[app] = MemoryStore(app, args or StoreArgs(backend="memory"))
+    return _shared[app]

@@ -1,0 +1,291 @@
+"""The clients: one object for everything a trainer asks of a served graph.
+
+`RoutedExpertsClient` blocks; `AsyncRoutedExpertsClient` does the same, awaited. Both work in a
+driver, a task or an actor. Every call ends within a timeout, and every error is one of
+`serve_app.errors`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from serve_app.errors import R3Error
+from serve_app.reading import Reader
+from serve_app.records import Record, make_record
+from serve_app.served import Handles, ServedGraph, await_answer, wait_answer
+from serve_app.types import (
+    ExpertBatch,
+    GenerateChunk,
+    GenerateRequest,
+    GenerateResult,
+    OnMissing,
+    OutputDtype,
+    RoutedSequence,
+    StoreStats,
+    UpdateMode,
+    WeightsResult,
+    Where,
+)
+
+if TYPE_CHECKING:
+    import ray
+    import torch
+
+    State = Mapping[str, torch.Tensor | npt.NDArray[Any]] | ray.ObjectRef[Any]
+
+
+class RoutedExpertsClient:
+    """Blocking client of one application.
+
+    ``timeout_s`` bounds every call but generation, which has ``generate_timeout_s``.
+    ``handles`` is for Serve's local testing mode, where no application can be looked up.
+    """
+
+    def __init__(
+        self,
+        app: str,
+        *,
+        timeout_s: float = 60.0,
+        generate_timeout_s: float = 600.0,
+        handles: Handles | None = None,
+    ) -> None:
+        self._graph = ServedGraph(app, handles, timeout_s)
+        self._reader = Reader(self._graph)
+        self._generate_timeout_s = generate_timeout_s
+        self._prefetcher: ThreadPoolExecutor | None = None
+
+    def generate(
+        self, request: GenerateRequest, *, timeout_s: float | None = None
+    ) -> GenerateResult:
+        """Sample one rollout.
+
+        Raises `InvalidRequest`, `EngineOverloaded`, or `EngineUnavailable` when no replica
+        answered in time or the one that sampled died; never retries.
+        """
+        result: GenerateResult = wait_answer(
+            self._graph.engine.generate.remote(request), timeout_s or self._generate_timeout_s
+        )
+        return result
+
+    def generate_batch(
+        self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None
+    ) -> list[GenerateResult]:
+        """Sample many rollouts at once; a failed one has finish reason ``error`` and says why."""
+        engine, limit = self._graph.engine, timeout_s or self._generate_timeout_s
+        answers = [engine.generate.remote(request) for request in requests]
+        results: list[GenerateResult] = []
+        for request, answer in zip(requests, answers, strict=True):
+            try:
+                results.append(wait_answer(answer, limit))
+            except R3Error as error:
+                results.append(failed(request, error))
+        return results
+
+    def stream(
+        self, request: GenerateRequest, *, timeout_s: float | None = None
+    ) -> Iterator[GenerateChunk]:
+        """Sample one rollout and yield tokens as they come; closing the iterator aborts it."""
+        yield from self._graph.stream(request, timeout_s or self._generate_timeout_s)
+
+    def abort(self, request_id: str | None = None, *, all: bool = False) -> int:
+        """Abort one rollout, or all on every replica; return how many were under way."""
+        return sum(self._graph.broadcast("abort", which(request_id, all)))
+
+    def update_weights(
+        self, state: "State", *, version: int, mode: UpdateMode = "abort"
+    ) -> list[WeightsResult]:
+        """Serve other weights on every replica, now and later; return a result per replica.
+
+        ``state`` has exactly the names and shapes of the model's ``state_dict()``, or is a
+        reference to one. ``abort`` ends running rollouts, ``drain`` lets them finish first.
+        Raises `WeightsMismatch` if they do not fit, and then nothing changed.
+        """
+        return self._graph.update_weights(state, version, mode)
+
+    def put(
+        self,
+        ids: npt.ArrayLike,
+        *,
+        num_experts: int,
+        start: int = 0,
+        moe_layers: Sequence[int] | None = None,
+        weight_version: int = 0,
+        tokens: Sequence[int] | None = None,
+        tag: str | None = None,
+        lease_s: float | None = None,
+    ) -> str:
+        """Store routes ``[rows, layers, top_k]`` of an engine outside the graph; return the key.
+
+        See `serve_app.records.make_record` for the arguments and what is refused.
+        """
+        record = make_record(
+            ids,
+            num_experts=num_experts,
+            start=start,
+            moe_layers=moe_layers,
+            weight_version=weight_version,
+            tokens=tokens,
+        )
+        return self._graph.store.put(record, tag=tag, lease_s=lease_s)
+
+    def get(self, key: str) -> Record:
+        """Return a key's whole sequence; ``ids`` is read-only and, where possible, zero-copy."""
+        return self._reader.get(key)
+
+    def materialize(
+        self,
+        sequences: Sequence[RoutedSequence],
+        *,
+        dtype: OutputDtype | None = None,
+        on_missing: OnMissing = "raise",
+        where: Where = "auto",
+        out: "torch.Tensor | None" = None,
+    ) -> ExpertBatch:
+        """Turn keys into one packed tensor ``[tokens, layers, top_k]`` and its validity.
+
+        ``dtype=None`` keeps the stored width. ``out``, a CPU tensor of the right shape and
+        dtype, is filled instead of a new one. ``where="local"`` assembles in this process
+        straight from shared memory, ``"decoder"`` in a decoder replica, ``"auto"`` locally if
+        all bytes are on this node. See `serve_app.materialize.materialize` for the errors.
+        """
+        return self._reader.materialize(sequences, dtype, on_missing, where, out)
+
+    def prefetch(self, sequences: Sequence[RoutedSequence], **how: Any) -> "Future[ExpertBatch]":
+        """Start `materialize` in the background; ``.result()`` gives its batch."""
+        if self._prefetcher is None:
+            self._prefetcher = ThreadPoolExecutor(1, "r3serve-prefetch")
+        return self._prefetcher.submit(self.materialize, sequences, **how)
+
+    def tag(self, keys: Sequence[str], tag: str) -> int:
+        """Move keys under another tag; return how many."""
+        return self._graph.store.retag(keys, tag)
+
+    def renew(self, keys: Sequence[str] = (), *, tag: str | None = None, lease_s: float) -> int:
+        """Let leases end ``lease_s`` seconds from now; return how many."""
+        return self._graph.store.renew(keys, tag=tag, lease_s=lease_s)
+
+    def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
+        """End keys, or all under a tag; return how many were live. Idempotent."""
+        return self._graph.store.release(keys, tag=tag)
+
+    def stats(self) -> StoreStats:
+        """Return what the store holds now and what happened so far."""
+        return self._graph.store.stats()
+
+
+class AsyncRoutedExpertsClient:
+    """`RoutedExpertsClient`, awaited: generation uses no thread, store calls one each."""
+
+    def __init__(
+        self,
+        app: str,
+        *,
+        timeout_s: float = 60.0,
+        generate_timeout_s: float = 600.0,
+        handles: Handles | None = None,
+    ) -> None:
+        self._sync = RoutedExpertsClient(
+            app, timeout_s=timeout_s, generate_timeout_s=generate_timeout_s, handles=handles
+        )
+        self._graph = ServedGraph(app, handles, timeout_s)
+        self._generate_timeout_s = generate_timeout_s
+
+    async def generate(
+        self, request: GenerateRequest, *, timeout_s: float | None = None
+    ) -> GenerateResult:
+        """See `RoutedExpertsClient.generate`."""
+        engine = await self._graph.engine_async()
+        result: GenerateResult = await await_answer(
+            engine.generate.remote(request), timeout_s or self._generate_timeout_s
+        )
+        return result
+
+    async def generate_batch(
+        self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None
+    ) -> list[GenerateResult]:
+        """See `RoutedExpertsClient.generate_batch`."""
+
+        async def one(request: GenerateRequest) -> GenerateResult:
+            try:
+                return await self.generate(request, timeout_s=timeout_s)
+            except R3Error as error:
+                return failed(request, error)
+
+        return list(await asyncio.gather(*map(one, requests)))
+
+    async def stream(
+        self, request: GenerateRequest, *, timeout_s: float | None = None
+    ) -> AsyncIterator[GenerateChunk]:
+        """See `RoutedExpertsClient.stream`."""
+        async for chunk in self._graph.astream(request, timeout_s or self._generate_timeout_s):
+            yield chunk
+
+    async def abort(self, request_id: str | None = None, *, all: bool = False) -> int:
+        """See `RoutedExpertsClient.abort`."""
+        return await asyncio.to_thread(self._sync.abort, request_id, all=all)
+
+    async def update_weights(
+        self, state: "State", *, version: int, mode: UpdateMode = "abort"
+    ) -> list[WeightsResult]:
+        """See `RoutedExpertsClient.update_weights`."""
+        return await asyncio.to_thread(self._sync.update_weights, state, version=version, mode=mode)
+
+    async def put(self, ids: npt.ArrayLike, **how: Any) -> str:
+        """See `RoutedExpertsClient.put`."""
+        return await asyncio.to_thread(self._sync.put, ids, **how)
+
+    async def get(self, key: str) -> Record:
+        """See `RoutedExpertsClient.get`."""
+        return await asyncio.to_thread(self._sync.get, key)
+
+    async def materialize(self, sequences: Sequence[RoutedSequence], **how: Any) -> ExpertBatch:
+        """See `RoutedExpertsClient.materialize`."""
+        return await asyncio.to_thread(self._sync.materialize, sequences, **how)
+
+    async def prefetch(
+        self, sequences: Sequence[RoutedSequence], **how: Any
+    ) -> "asyncio.Task[ExpertBatch]":
+        """Start `materialize` in the background; await the task for its batch."""
+        return asyncio.create_task(self.materialize(sequences, **how))
+
+    async def tag(self, keys: Sequence[str], tag: str) -> int:
+        """See `RoutedExpertsClient.tag`."""
+        return await asyncio.to_thread(self._sync.tag, keys, tag)
+
+    async def renew(
+        self, keys: Sequence[str] = (), *, tag: str | None = None, lease_s: float
+    ) -> int:
+        """See `RoutedExpertsClient.renew`."""
+        return await asyncio.to_thread(self._sync.renew, keys, tag=tag, lease_s=lease_s)
+
+    async def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
+        """See `RoutedExpertsClient.release`."""
+        return await asyncio.to_thread(self._sync.release, keys, tag=tag)
+
+    async def stats(self) -> StoreStats:
+        """See `RoutedExpertsClient.stats`."""
+        return await asyncio.to_thread(self._sync.stats)
+
+
+def which(request_id: str | None, everything: bool) -> str | None:
+    """Return the one request to abort, None for all; raise `ValueError` unless one is chosen."""
+    if (request_id is None) != everything:
+        raise ValueError(f"expected a request_id or all=True, got {request_id=} all={everything}")
+    return request_id
+
+
+def failed(request: GenerateRequest, error: R3Error) -> GenerateResult:
+    """Return the result of a batch's member that could not be sampled."""
+    return GenerateResult(
+        request_id=request.request_id,
+        output_ids=[],
+        logprobs=[],
+        text="",
+        finish_reason="error",
+        prompt_tokens=len(request.input_ids),
+        weight_version=-1,
+        error=f"{type(error).__name__}: {error}",
+    )

@@ -1,0 +1,41 @@
+"""Where a deployment finds itself: its application, its actor, its store."""
+
+import asyncio
+
+import ray
+from ray import serve
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import StoreArgs
+from serve_app.deployments.store import ExpertStore
+from serve_app.store.base import RecordStore
+from serve_app.store.client import connect
+from serve_app.store.memory import shared
+
+LOCAL_APP = "local"
+
+
+def application() -> str:
+    """Return the name of the application that this replica serves."""
+    try:
+        return serve.get_replica_context().app_name
+    except RayServeException:
+        return LOCAL_APP  # Serve's local testing mode has no replicas
+
+
+def replica_id() -> str:
+    """Return this replica's name, unique in its deployment."""
+    try:
+        return serve.get_replica_context().replica_tag
+    except RayServeException:
+        return LOCAL_APP
+
+
+async def connect_store(args: StoreArgs, supervisor: DeploymentHandle[ExpertStore]) -> RecordStore:
+    """Wait until the store deployment is up, then connect this replica to its shards."""
+    if args.backend == "memory":
+        return shared(application(), args)
+    await asyncio.wait_for(supervisor.ready.remote(), args.put_timeout_s)
+    me = ray.get_runtime_context().current_actor
+    return await asyncio.to_thread(connect, application(), me)

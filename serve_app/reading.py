@@ -1,0 +1,138 @@
+"""Reading keys: where to assemble, and how often to try."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError
+
+from serve_app.assemble.layout import fill
+from serve_app.assemble.stitch import stitch
+from serve_app.errors import DecoderUnavailable, EngineUnavailable
+from serve_app.materialize import materialize
+from serve_app.records import Record, make_record
+from serve_app.served import ServedGraph, wait_answer
+from serve_app.store.client import ShardStore
+from serve_app.store.keys import shorten
+from serve_app.types import (
+    ExpertBatch,
+    OnMissing,
+    OutputDtype,
+    PackedExperts,
+    RoutedSequence,
+    Where,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Reader:
+    """Reads one application's keys. Reading destroys nothing, so trying again is safe."""
+
+    def __init__(self, graph: ServedGraph) -> None:
+        self._graph = graph
+
+    def get(self, key: str) -> Record:
+        """Return a key's whole sequence as one record."""
+        (found,) = self._graph.store.fetch([key])
+        if not isinstance(found, list):
+            raise type(found)(f"key {shorten(key)}: {found}")
+        return found[0] if len(found) == 1 else _joined(found)
+
+    def materialize(
+        self,
+        sequences: Sequence[RoutedSequence],
+        dtype: OutputDtype | None,
+        on_missing: OnMissing,
+        where: Where,
+        out: "torch.Tensor | None",
+    ) -> ExpertBatch:
+        """See `serve_app.client.RoutedExpertsClient.materialize`."""
+        if where not in ("auto", "local", "decoder"):
+            raise ValueError(f"where must be 'auto', 'local' or 'decoder', got {where!r}")
+        target = None if out is None else out.numpy()
+        if where == "decoder" or (where == "auto" and not self._all_local(sequences)):
+            packed = self._ask_decoder(sequences, dtype, on_missing)
+            if target is not None:
+                packed = _copied(packed, target)
+        else:
+            packed = materialize(
+                self._graph.store, sequences, dtype=dtype, on_missing=on_missing, out=target
+            )
+        return _as_tensors(packed, out)
+
+    def _all_local(self, sequences: Sequence[RoutedSequence]) -> bool:
+        store = self._graph.store
+        if not isinstance(store, ShardStore):
+            return True
+        return all(store.is_local(sequence.key) for sequence in sequences)
+
+    def _ask_decoder(
+        self, sequences: Sequence[RoutedSequence], dtype: OutputDtype | None, on_missing: OnMissing
+    ) -> PackedExperts:
+        """Call a decoder replica; once more if it died, since the bytes are not its own."""
+        try:
+            return self._decode(sequences, dtype, on_missing)
+        except DecoderUnavailable:
+            return self._decode(sequences, dtype, on_missing)
+
+    def _decode(
+        self, sequences: Sequence[RoutedSequence], dtype: OutputDtype | None, on_missing: OnMissing
+    ) -> PackedExperts:
+        timeout_s = self._graph.timeout_s
+        response = self._graph.decoder.materialize.remote(list(sequences), dtype, on_missing)
+        try:
+            answer: Any = wait_answer(response, timeout_s)
+            if isinstance(answer, list):
+                answer = ray.get(answer[0], timeout=timeout_s)
+        except EngineUnavailable as error:
+            raise DecoderUnavailable(str(error).replace("engine", "decoder")) from None
+        except (ObjectLostError, GetTimeoutError) as error:
+            raise DecoderUnavailable(f"the decoder's answer was lost: {error}") from None
+        return cast("PackedExperts", answer)
+
+
+def _joined(segments: Sequence[Record]) -> Record:
+    """Copy a chain of records into one; its version is the newest segment's."""
+    first, last = segments[0].meta, segments[-1].meta
+    rows = max(segment.meta.stop for segment in segments) - first.start
+    ids = np.zeros((rows, first.layers, first.top_k), first.dtype)
+    valid = np.zeros(rows, dtype=np.bool_)
+    fill(ids, valid, segments, stitch(segments, first.start, rows))
+    joined = make_record(
+        ids,
+        num_experts=first.num_experts,
+        start=first.start,
+        moe_layers=first.moe_layers,
+        weight_version=last.weight_version,
+        valid=valid,
+    )
+    joined.ids.flags.writeable = False
+    return joined
+
+
+def _copied(packed: PackedExperts, target: npt.NDArray[Any]) -> PackedExperts:
+    if target.shape != packed.ids.shape or target.dtype != packed.ids.dtype:
+        raise ValueError(
+            f"out must be {packed.ids.dtype}{list(packed.ids.shape)},"
+            f" got {target.dtype}{list(target.shape)}"
+        )
+    np.copyto(target, packed.ids)
+    return replace(packed, ids=target)
+
+
+def _as_tensors(packed: PackedExperts, out: "torch.Tensor | None") -> ExpertBatch:
+    from serve_app.tensors import tensor_over
+
+    return ExpertBatch(
+        ids=tensor_over(packed.ids) if out is None else out,
+        valid=tensor_over(packed.valid),
+        cu_seqlens=tensor_over(packed.cu_seqlens),
+        layers=packed.layers,
+        num_experts=packed.num_experts,
+        missing=packed.missing,
+    )
