@@ -14,6 +14,7 @@ from serve_app.engines.base import EngineChunk
 from serve_app.engines.rollout import Rollout
 from serve_app.engines.runner import ModelRunner
 from serve_app.engines.sampling import sample
+from serve_app.errors import EngineUnavailable
 from serve_app.types import FinishReason
 
 # Prompt tokens processed between two decode steps, so that a burst of arrivals doesn't stall
@@ -110,8 +111,11 @@ class Batch:
             self._runner.load(update.state)
         except Exception as failure:
             # Some weights may be new and others old: nothing sampled from now on could be trusted.
-            update.done.set_exception(failure)
-            raise
+            broken = EngineUnavailable(
+                f"loading weights version {update.version} failed half-way: {failure}"
+            )
+            update.done.set_exception(broken)
+            raise broken from failure
         self.weight_version = update.version
         update.done.set_result(None)
 

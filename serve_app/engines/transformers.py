@@ -108,8 +108,9 @@ class TransformersEngine:
         self, state: "Mapping[str, torch.Tensor]", version: int, mode: UpdateMode
     ) -> None:
         """Serve ``state`` from now on; see `Engine`. What waits is served by the new weights."""
-        self._weights.check(state)
-        await asyncio.wrap_future(self._steps.update(state, version, mode))
+        taken = dict(state)  # once: what was checked is what will be loaded
+        self._weights.check(taken)
+        await asyncio.wrap_future(self._steps.update(taken, version, mode))
 
     def check_health(self) -> None:
         """Raise `EngineUnavailable` once the step loop has ended, and say why."""

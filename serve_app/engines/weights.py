@@ -54,15 +54,19 @@ class WeightSpec:
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Copy checked weights in place, cast to the model's own dtypes."""
     with torch.no_grad():
-        model.load_state_dict(dict(state), strict=False)
+        model.load_state_dict(state, strict=False)
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor) or value.is_meta:
+        return None
+    return tuple(value.shape)
 
 
 def _describe(value: object) -> str:
-    return str(list(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{list(value.shape)}{' without data (meta)' if value.is_meta else ''}"
 
 
 def _some(items: list[str]) -> str:
