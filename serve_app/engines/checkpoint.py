@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from serve_app.config import EngineArgs
 from serve_app.engines.base import ModelInfo
@@ -53,7 +52,6 @@ def load_checkpoint(args: EngineArgs) -> Checkpoint:
         attn_implementation=options.attn_implementation,
         local_files_only=True,
     )
-    _check_cache(model)
     blocks, shape = _experts(model, required=args.enable_return_routed_experts)
     config: Any = model.config.get_text_config()
     info = ModelInfo(
@@ -97,16 +95,6 @@ def _experts_if_readable(model: PreTrainedModel) -> tuple[list[MoeBlock], MoeSha
     except EngineError:
         blocks = []
     return blocks, shape_of(model, blocks)
-
-
-def _check_cache(model: PreTrainedModel) -> None:
-    """Refuse what the slots cannot hold; a state that isn't keys and values would be lost."""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers} - {DynamicLayer}
-    if kinds:
-        raise ValueError(
-            f"{family_of(model)}: expected full attention in every layer,"
-            f" got {sorted(kind.__name__ for kind in kinds)}"
-        )
 
 
 def _context_length(wanted: int | None, config: Any) -> int:

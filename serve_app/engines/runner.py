@@ -3,14 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from serve_app.engines.masks import DecodeMask, Mask
 from serve_app.engines.recording import ExpertRecorder
 from serve_app.engines.slots import SlotCache
 from serve_app.engines.weights import load_weights
 from serve_app.records import Ids
+
+PREFILL_PIECE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +28,37 @@ class Prefilled:
 
 
 class ModelRunner:
-    """A model and the batch in its KV cache. Used by one thread at a time."""
+    """A model and the batch in its KV cache. Used by one thread at a time.
+
+    Raises ValueError for a model that cannot be batched this way.
+    """
 
     def __init__(self, model: PreTrainedModel, recorder: ExpertRecorder | None) -> None:
         self._model = model
         self._recorder = recorder
+        self._mask = DecodeMask(model)
         self._slots = SlotCache()
+
+    def rehearse(self) -> None:
+        """Run one token after another once, so that a model that cannot fails at load."""
+        self.join(self.prefill([0], record=True))
+        self.decode([0], record=True)
+        self.leave(0)
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], *, record: bool) -> Prefilled:
-        """Process a prompt alone, exactly as a plain forward pass would."""
+        """Process a prompt alone, as a plain forward pass would.
+
+        In pieces, because eager attention takes memory for every pair of tokens in one.
+        """
         cache = DynamicCache()
-        ids = torch.tensor([list(tokens)], device=self._model.device)
-        logits, experts = self._forward(ids, record=record, cache=cache)
-        return Prefilled(len(tokens), cache, logits, experts)
+        experts: list[Ids] = []
+        for start in range(0, len(tokens), PREFILL_PIECE):
+            piece = torch.tensor([tokens[start : start + PREFILL_PIECE]], device=self._model.device)
+            logits, ids = self._forward(piece, record=record, cache=cache)
+            if ids is not None:
+                experts.append(ids)
+        return Prefilled(len(tokens), cache, logits, np.concatenate(experts) if experts else None)
 
     @torch.inference_mode()
     def join(self, prefilled: Prefilled) -> None:
@@ -54,13 +75,12 @@ class ModelRunner:
         """Process one token a row; return logits ``[rows, vocab]`` and the rows' experts."""
         device = self._model.device
         positions = self._slots.begin_step(device)[:, None]
-        columns = torch.arange(max(self._slots.lengths) + 1, device=device)
         result = self._forward(
             torch.tensor(tokens, device=device)[:, None],
             record=record,
             cache=self._slots,
             position_ids=positions,
-            attention_mask=(columns <= positions).long(),
+            attention_mask=self._mask.of(positions, max(self._slots.lengths) + 1),
         )
         self._slots.end_step()
         return result
@@ -83,7 +103,7 @@ class ModelRunner:
         *,
         record: bool,
         cache: DynamicCache | SlotCache,
-        **inputs: torch.Tensor,
+        **inputs: Mask,
     ) -> tuple[torch.Tensor, Ids | None]:
         def run() -> torch.Tensor:
             output = self._model(

@@ -42,8 +42,15 @@ class TransformersEngine:
         self._eos_ids = checkpoint.eos_ids
         self._decode = checkpoint.decode
         self._weights = WeightSpec(checkpoint.model)
+        runner = ModelRunner(checkpoint.model, recorder)
+        try:
+            runner.rehearse()
+        except Exception as failure:
+            raise ValueError(
+                f"{checkpoint.info.family}: this engine cannot run it: {failure}"
+            ) from failure
         self._steps = StepThread(
-            ModelRunner(checkpoint.model, recorder),
+            runner,
             max_batch_size=args.max_batch_size,
             max_waiting=args.max_waiting,
             num_threads=checkpoint.options.num_threads,

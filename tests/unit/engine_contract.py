@@ -6,6 +6,7 @@ tokenizer of one token a byte, at least 4 slots), ``make_engine`` (the same with
 """
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -323,6 +324,38 @@ class EngineContract:
             await task
         assert (await sample(engine, request())).reason == "length"
         assert await engine.abort() == 0
+
+    async def test_a_storm_of_aborts_leaves_good_records_and_nothing_running(
+        self, make_engine: MakeEngine, reference: Reference
+    ) -> None:
+        engine = make_engine(max_batch_size=4)
+        fates = itertools.cycle(["finish", "abort", "close", "finish", "abort_early"])
+
+        async def live(one: GenerateRequest, fate: str) -> Sampled | None:
+            if fate == "abort_early":
+                task = await submitted(engine, one)
+                await engine.abort(one.request_id)
+                return await task
+            run = await Started(engine, one).first()
+            if fate == "abort":
+                await engine.abort(one.request_id)
+            if fate == "close":
+                await run.generation.aclose()
+                return None
+            return await run.rest()
+
+        wanted = mixed_requests(30)
+        done = await asyncio.gather(*map(live, wanted, fates))
+        assert await engine.abort() == 0
+        for one, rollout in zip(wanted, done, strict=True):
+            if rollout is None:
+                continue
+            if not rollout.ids:
+                assert (rollout.reason, rollout.record) == ("abort", None)
+                continue
+            check_rows(rollout.record, one.input_ids, rollout.ids, engine)
+            experts, _ = reference.teacher_force([*one.input_ids, *rollout.ids][:-1])
+            assert agreement(rollout.record, experts) >= self.min_agreement
 
     # The queue.
 

@@ -274,6 +274,21 @@ async def test_logits_that_are_not_finite_fail_the_request_alone(
     check_rows(again.record, PROMPT, again.ids, engine)
 
 
+def test_a_reader_whose_loop_is_gone_is_aborted(sparse: Path) -> None:
+    engine = load(sparse, max_batch_size=1)
+    loop = asyncio.new_event_loop()
+    generation = engine.generate(request(max_new_tokens=LONG))
+    loop.run_until_complete(anext(generation))
+    loop.close()
+
+    async def other() -> None:
+        assert (await sample(engine, request())).reason == "length"
+        assert await engine.abort() == 0
+        await engine.stop()
+
+    asyncio.run(other())
+
+
 # Weights.
 
 
