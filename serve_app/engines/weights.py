@@ -22,8 +22,10 @@ class WeightSpec:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         by_memory: dict[int, set[str]] = {}
         for name, tensor in state.items():
-            by_memory.setdefault(tensor.data_ptr(), set()).add(name)
-        self._tied = {name: names for names in by_memory.values() for name in names}
+            if tensor.numel():  # all empty tensors have the same address
+                by_memory.setdefault(tensor.data_ptr(), set()).add(name)
+        self._tied = {name: {name} for name in state}
+        self._tied |= {name: names for names in by_memory.values() for name in names}
 
     def check(self, state: Mapping[str, torch.Tensor]) -> None:
         """Raise `WeightsMismatch` unless ``state`` has exactly these names and shapes.
