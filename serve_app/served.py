@@ -19,6 +19,7 @@ from serve_app.errors import (
     WeightsMismatch,
 )
 from serve_app.store.base import RecordStore
+from serve_app.store.calls import line
 from serve_app.store.client import connect
 from serve_app.store.memory import shared
 from serve_app.types import GenerateChunk, GenerateRequest, UpdateMode, WeightsResult
@@ -181,10 +182,10 @@ class ServedGraph:
 
         try:
             handle = serve.get_deployment_handle(deployment, self.app)
-        except serve.exceptions.RayServeException as error:
+        except (KeyError, serve.exceptions.RayServeException) as error:
             raise EngineUnavailable(
                 f"no application {self.app!r} with a deployment {deployment} is being served:"
-                f" {error}"
+                f" {line(error)}"
             ) from None
         # gRPC handles, the default in some set-ups, leak references and cap at 4 MiB.
         return handle.options(_by_reference=True)
@@ -222,8 +223,9 @@ def engine_error(error: BaseException, timeout_s: float) -> R3Error:
     if isinstance(error, RayTaskError):
         raise error
     if isinstance(error, (TimeoutError, RayActorError, TaskCancelledError, RayServeException)):
-        text = str(error) or f"no answer within {timeout_s} s"
-        return EngineUnavailable(f"no engine replica answered: {text.strip().splitlines()[0]}")
+        timed_out = isinstance(error, TimeoutError)
+        why = f"no answer within {timeout_s} s" if timed_out else line(error)
+        return EngineUnavailable(f"no engine replica answered: {why}")
     raise error
 
 

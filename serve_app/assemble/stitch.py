@@ -36,17 +36,21 @@ class Stitched:
 def stitch(segments: Sequence[Record], first: int, length: int) -> Stitched:
     """Cover the sequence's rows ``first .. first + length``; targets count from 0."""
     stop = first + length
-    at, runs, missing = first, list[Run](), list[tuple[int, int]]()
+    gaps, runs = [(first, stop)], list[Run]()
     for index, segment in enumerate(segments):
-        begin, end = max(segment.meta.start, at), min(segment.meta.stop, stop)
-        if begin >= end:
-            continue
-        if begin > at:
-            missing.append((at - first, begin - at))
-        runs.append(Run(begin - first, index, begin - segment.meta.start, end - begin))
-        at = end
+        left: list[tuple[int, int]] = []
+        for begin, end in gaps:
+            here = max(segment.meta.start, begin), min(segment.meta.stop, end)
+            if here[0] >= here[1]:
+                left.append((begin, end))
+                continue
+            source = here[0] - segment.meta.start
+            runs.append(Run(here[0] - first, index, source, here[1] - here[0]))
+            left += [gap for gap in ((begin, here[0]), (here[1], end)) if gap[0] < gap[1]]
+        gaps = left
     captured = max(segment.meta.stop for segment in segments)
-    tail = int(stop == captured + 1 and at == stop - 1)
-    if at < stop - tail:
-        missing.append((at - first, stop - tail - at))
-    return Stitched(runs, missing, tail)
+    tail = int(bool(gaps) and gaps[-1][1] == stop == captured + 1)
+    if tail:
+        begin, end = gaps.pop()
+        gaps += [(begin, end - 1)] if begin < end - 1 else []
+    return Stitched(runs, [(begin - first, end - begin) for begin, end in gaps], tail)

@@ -44,14 +44,7 @@ class MemoryStore:
         need = record.meta.nbytes
         with self._changed:
             self._sweep()
-            self._counts["waiting"] += 1
-            fits = need <= self._budget and self._changed.wait_for(
-                lambda: self._used + need <= self._budget, self._args.put_timeout_s
-            )
-            self._counts["waiting"] -= 1
-            if not fits:
-                self._counts["full"] += 1
-                raise StoreFull(f"no room for {need} bytes: {self._used} of {self._budget} held")
+            self._wait_for_room(need)
             ids = record.ids.copy()
             ids.flags.writeable = False
             seq = self._ledger.add(
@@ -128,6 +121,21 @@ class MemoryStore:
                 full=self._counts["full"],
             )
         return StoreStats((shard,))
+
+    def _wait_for_room(self, need: int) -> None:
+        if need > self._budget:
+            self._counts["full"] += 1
+            raise StoreFull(f"{need} bytes can never fit a byte budget of {self._budget}")
+        self._counts["waiting"] += 1
+        timeout_s = self._args.put_timeout_s
+        fits = self._changed.wait_for(lambda: self._used + need <= self._budget, timeout_s)
+        self._counts["waiting"] -= 1
+        if not fits:
+            self._counts["full"] += 1
+            raise StoreFull(
+                f"no room for {need} bytes within {timeout_s} s:"
+                f" {self._used} of {self._budget} bytes are held"
+            )
 
     def _chosen(self, keys: Sequence[str], tag: str | None) -> list[int]:
         return [self._seq(key) for key in keys] + ([] if tag is None else self._ledger.tagged(tag))

@@ -1,0 +1,91 @@
+"""One Ray cluster of three raylets and one served graph for all of these tests."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from graphs.rollout import build
+from serve_app import RoutedExpertsClient
+from serve_app.config import RolloutArgs, StoreArgs
+from serve_app.store.client import ShardStore, connect
+from serve_app.store.directory import find_directory, find_shard, list_shards, open_directory
+from tests.store_contract import MakeStore
+
+APP = "rollout"
+ROOT = str(Path(__file__).parents[2])
+ROLLOUT_YAML = Path(ROOT) / "graphs" / "rollout.yaml"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = str(Path(__file__).parent)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes: the head (``trainer``), ``engines`` and ``elsewhere``."""
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 4,
+            "resources": {"trainer": 100},
+            "object_store_memory": 300 << 20,
+            "include_dashboard": False,
+        },
+    )
+    for name in ("engines", "elsewhere"):
+        nodes.add_node(num_cpus=2, resources={name: 100}, object_store_memory=200 << 20)
+    ray.init(
+        address=nodes.address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": ROOT}},  # the tests' own modules
+    )
+    yield nodes
+    with suppress(Exception):
+        serve.shutdown()
+    ray.shutdown()  # type: ignore[no-untyped-call]
+    nodes.shutdown()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="session")
+def app(cluster: Cluster, tiny_checkpoint: Path) -> str:
+    """The shipped configuration with the tests' small model; returns the application's name."""
+    config: dict[str, Any] = yaml.safe_load(ROLLOUT_YAML.read_text())["applications"][0]
+    config["args"]["engine"]["model"] = str(tiny_checkpoint)
+    config["args"]["engine"]["dtype"] = "float32"
+    serve.start(http_options={"host": "127.0.0.1", "port": 8123})
+    serve.run(build(RolloutArgs.model_validate(config["args"])), name=APP, route_prefix="/")
+    return APP
+
+
+@pytest.fixture(scope="session")
+def client(app: str) -> RoutedExpertsClient:
+    return RoutedExpertsClient(app)
+
+
+@pytest.fixture
+def make_store(cluster: Cluster) -> Iterator[MakeStore]:
+    """Stores of their own for one test, removed with their actors after it."""
+    made: list[str] = []
+
+    def make(app: str = "contract", **args: Any) -> ShardStore:
+        open_directory(app, StoreArgs.model_validate(args), 30)
+        made.append(app)
+        return connect(app)
+
+    yield make
+    for app in made:
+        actors = [find_directory(app), *(find_shard(app, shard) for shard in list_shards(app))]
+        for actor in filter(None, actors):
+            ray.kill(actor)

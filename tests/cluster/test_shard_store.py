@@ -1,0 +1,108 @@
+"""The shards keep the store's contract, and their own promises: who owns, what survives."""
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from serve_app.errors import RoutesLost, StoreUnavailable
+from serve_app.store.client import ShardStore, connect
+from serve_app.store.directory import find_shard, this_node
+from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, record
+
+
+class TestShardStore(StoreContract):
+    """Everything a `RecordStore` promises, on real shards."""
+
+
+@ray.remote(num_cpus=0)
+class EngineLike:
+    """Puts records from its event loop, as an engine replica does."""
+
+    async def put(self, app: str, seeds: list[int]) -> list[str]:
+        store = await asyncio.to_thread(connect, app, ray.get_runtime_context().current_actor)
+        records = [record(LARGE, seed=seed) for seed in seeds]
+        return list(await asyncio.gather(*(store.aput(put) for put in records)))
+
+    def node(self) -> str:
+        return this_node()
+
+
+def start(actor: Any, node: str) -> Any:
+    """Start an actor on the node that has a resource of this name."""
+    return actor.options(resources={node: 1}).remote()
+
+
+def pid_of(actor: Any) -> int:
+    return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
+
+
+def test_records_outlive_the_actor_that_produced_them(make_store: MakeStore) -> None:
+    store = make_store()
+    engine = start(EngineLike, "trainer")
+    keys = ray.get(engine.put.remote("contract", [1, 2, 3]))
+    ray.kill(engine)
+    for seed, key in zip([1, 2, 3], keys, strict=True):
+        np.testing.assert_array_equal(read(store, key)[0].ids, record(LARGE, seed=seed).ids)
+
+
+def test_records_put_together_come_back_as_one_object(make_store: MakeStore) -> None:
+    make_store()
+    engine = start(EngineLike, "trainer")
+    keys = ray.get(engine.put.remote("contract", list(range(12))))
+    shard = find_shard("contract", this_node())
+    assert shard is not None
+    answer: Any = ray.get(shard.read.remote(keys))
+    assert len(answer.refs) < len(keys) / 2
+
+
+def test_a_key_put_on_another_node_reads_here(make_store: MakeStore) -> None:
+    store = make_store()
+    engine = start(EngineLike, "elsewhere")
+    (key,) = ray.get(engine.put.remote("contract", [5]))
+    assert ray.get(engine.node.remote()) != this_node()
+    assert isinstance(store, ShardStore)
+    assert not store.is_local(key)
+    np.testing.assert_array_equal(read(store, key)[0].ids, record(LARGE, seed=5).ids)
+    assert len(store.stats().shards) == 1
+
+
+def test_keys_of_a_killed_shard_are_lost_and_the_others_read(make_store: MakeStore) -> None:
+    store = make_store()
+    far = start(EngineLike, "engines")
+    (kept,) = ray.get(far.put.remote("contract", [1]))
+    lost = [store.put(record(shape)) for shape in (SMALL, LARGE)]
+    shard = find_shard("contract", this_node())
+    assert shard is not None
+    os.kill(pid_of(shard), signal.SIGKILL)
+    found = store.fetch([kept, *lost])
+    assert [type(answer) for answer in found] == [list, RoutesLost, RoutesLost]
+    assert store.release([kept, *lost]) == 1
+    assert read(store, store.put(record(LARGE, seed=9)))[0].ids.shape == LARGE
+
+
+def test_a_store_that_nobody_runs_is_named(cluster: object) -> None:
+    with pytest.raises(StoreUnavailable, match="nobody"):
+        connect("nobody")
+
+
+def test_a_foreign_actor_under_a_shards_name_is_refused(make_store: MakeStore) -> None:
+    store = make_store(app="squatted")
+
+    @ray.remote(num_cpus=0)
+    class Squatter:
+        def ping(self) -> str:
+            return "pong"
+
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": f"squatted/{this_node()}", "namespace": "r3serve"}
+    squatter = Squatter.options(scheduling_strategy=node, **options).remote()  # type: ignore[attr-defined]
+    assert ray.get(squatter.ping.remote()) == "pong"
+    with pytest.raises(StoreUnavailable, match=r"squatted|answer"):
+        store.put(record())
+    ray.kill(squatter)

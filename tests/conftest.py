@@ -1,0 +1,24 @@
+"""What every test shares: an environment fixed before Ray or Transformers load."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    # A reference that is sent where nobody counts it is a leak; make it an error.
+    RAY_allow_out_of_band_object_ref_serialization="0",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+from examples.tiny_moe import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen3-MoE with tokenizer: 4 layers, the second dense."""
+    return write_checkpoint(
+        tmp_path_factory.mktemp("tiny"), hidden=64, experts=16, dense_layers=(1,), context=512
+    )

@@ -1,0 +1,163 @@
+"""Keys, leases, ledger and budget: the store's logic, without Ray."""
+
+import asyncio
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.errors import KeyExpired, KeyReleased, StoreFull, UnknownKey
+from serve_app.records import make_record
+from serve_app.store.budget import Budget
+from serve_app.store.keys import Key, parse, verify
+from serve_app.store.leases import Leases
+from serve_app.store.ledger import Ledger
+
+META = make_record(np.zeros((2, 2, 1), int), num_experts=4).meta
+
+
+@given(
+    app=st.text(min_size=1, max_size=40),
+    shard=st.binary(min_size=5, max_size=5),
+    epoch=st.integers(0, 2**63 - 1),
+    seq=st.integers(0, 2**63),
+)
+def test_a_key_says_where_it_lives(app: str, shard: bytes, epoch: int, seq: int) -> None:
+    key = Key(app, shard.hex(), epoch, seq)
+    text = key.sign(b"secret")
+    assert parse(text, app) == verify(text, app, b"secret") == key
+    assert text.isascii()
+    assert not set(text) & set("+/=&? ")
+
+
+@given(at=st.integers(0, 10_000), bit=st.integers(0, 5))
+def test_any_altered_character_makes_a_key_unknown(at: int, bit: int) -> None:
+    text = Key("rollout", "0123456789", 7, 9).sign(b"secret")
+    at %= len(text)
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    other = alphabet[alphabet.index(text[at]) ^ (1 << bit)]
+    with pytest.raises(UnknownKey):
+        verify(text[:at] + other + text[at + 1 :], "rollout", b"secret")
+
+
+def test_another_secret_makes_a_key_unknown() -> None:
+    text = Key("rollout", "0123456789", 7, 9).sign(b"secret")
+    with pytest.raises(UnknownKey, match="ever handed out"):
+        verify(text, "rollout", b"other")
+
+
+@given(st.integers(0, 2**32))
+def test_leases_end_when_they_should_and_only_once(seed: int) -> None:
+    rng, leases = random.Random(seed), Leases()
+    ends: dict[int, float] = {}
+    ended: set[int] = set()
+    now = 0.0
+    for seq in range(40):
+        ends[seq] = now + rng.uniform(0.1, 20)
+        leases.add(seq, ends[seq])
+        now += rng.uniform(0, 1.5)
+        live = [other for other in ends if other not in ended]
+        for other in rng.sample(live, min(3, len(live))):
+            if rng.random() < 0.3:
+                leases.end(other)
+                ended.add(other)
+            else:
+                ends[other] = now + rng.uniform(0.1, 20)
+                leases.renew(other, ends[other])
+        swept = set(leases.sweep(now))
+        assert not swept & ended
+        assert all(ends[other] <= now for other in swept)
+        ended |= swept
+        overdue = [other for other in ends if other not in ended and math.ceil(ends[other]) <= now]
+        assert not overdue
+    assert set(leases.sweep(now + 100)) == set(ends) - ended
+
+
+def test_a_ledger_tells_released_expired_and_unknown_apart() -> None:
+    ledger: Ledger[str] = Ledger()
+    a = ledger.add(META, "a", now=0, lease_s=5)
+    b = ledger.add(META, "b", now=0, lease_s=50)
+    assert ledger.release(b)
+    assert list(ledger.expire(6)) == [a]
+    with pytest.raises(KeyExpired):
+        ledger.read(a, 6)
+    with pytest.raises(KeyReleased):
+        ledger.read(b, 6)
+    with pytest.raises(UnknownKey):
+        ledger.read(2, 6)
+    assert sorted(ledger.take_dropped()) == ["a", "b"]
+    assert ledger.live == 0
+
+
+def test_reading_renews() -> None:
+    ledger: Ledger[str] = Ledger()
+    seq = ledger.add(META, "a", now=0, lease_s=5)
+    ledger.read(seq, 4)
+    assert list(ledger.expire(8)) == []
+    assert list(ledger.expire(10)) == [seq]
+
+
+def test_a_chain_of_children_keeps_what_it_needs() -> None:
+    ledger: Ledger[str] = Ledger()
+    root = ledger.add(META, "root", now=0, lease_s=9)
+    turn = ledger.add(META, "turn", now=0, lease_s=9, parent=root)
+    other = ledger.add(META, "other", now=0, lease_s=9, parent=root)
+    last = ledger.add(META, "last", now=0, lease_s=9, parent=turn)
+    ledger.release(root)
+    ledger.release(turn)
+    assert ledger.take_dropped() == []
+    assert [payload for _, payload in ledger.read(last, 1)] == ["root", "turn", "last"]
+    ledger.release(last)
+    assert ledger.take_dropped() == ["last", "turn"]
+    ledger.release(other)
+    assert ledger.take_dropped() == ["other", "root"]
+
+
+def test_a_ledger_forgets_the_long_dead_but_not_that_they_were() -> None:
+    ledger: Ledger[int] = Ledger()
+    for _ in range(3):
+        seqs = [ledger.add(META, 0, now=0, lease_s=9) for _ in range(70_000)]
+        for seq in seqs:
+            ledger.release(seq)
+        list(ledger.expire(1))
+    kept = ledger.add(META, 1, now=0, lease_s=9)
+    with pytest.raises(KeyReleased):
+        ledger.read(0, 1)
+    assert [payload for _, payload in ledger.read(kept, 1)] == [1]
+
+
+async def test_a_budget_serves_in_order_and_never_overdraws() -> None:
+    budget, served = Budget(10), list[int]()
+
+    async def put(nbytes: int) -> None:
+        await budget.take(nbytes, 5)
+        assert budget.used <= budget.total
+        served.append(nbytes)
+
+    await put(8)
+    waiting = [asyncio.create_task(put(nbytes)) for nbytes in (5, 1, 4)]
+    await asyncio.sleep(0)
+    assert budget.waiting == 3
+    budget.give(8)
+    await asyncio.gather(*waiting)
+    assert served == [8, 5, 1, 4]
+    assert budget.used == 10
+
+
+async def test_a_late_or_cancelled_put_holds_nothing() -> None:
+    budget = Budget(10)
+    await budget.take(10, 1)
+    with pytest.raises(StoreFull, match="10 of 10"):
+        await budget.take(1, 0.01)
+    cancelled = asyncio.create_task(budget.take(2, 5))
+    behind = asyncio.create_task(budget.take(3, 5))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    budget.give(10)
+    await behind
+    assert budget.used == 3
+    with pytest.raises(StoreFull, match="never"):
+        await budget.take(11, 5)
