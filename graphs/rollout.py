@@ -1,9 +1,11 @@
 """The full graph: HTTP edge, engine, decoder and store, for disaggregated RL."""
 
+from pathlib import Path
+
 from ray import serve
 from ray.serve import Application
 
-from serve_app.config import RolloutArgs
+from serve_app.config import RolloutArgs, read_args
 from serve_app.deployments.decoder import ExpertDecoder
 from serve_app.deployments.engine import InferenceEngine
 from serve_app.deployments.store import ExpertStore
@@ -25,3 +27,11 @@ def build(args: RolloutArgs) -> Application:
         engine.bind(args.engine, args.store, supervisor),
         decoder.bind(args.decoder, args.store, supervisor),
     )
+
+
+def __getattr__(name: str) -> Application:
+    """Compose ``app`` from the shipped config file, for `serve build graphs.rollout:app`."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    shipped = read_args(Path(__file__).with_suffix(".yaml"))
+    return build(RolloutArgs.model_validate(shipped))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
@@ -133,3 +134,9 @@ class RolloutArgs(_Args):
     store: StoreArgs = StoreArgs()
     decoder: DecoderArgs = DecoderArgs()
     ingress: IngressArgs = IngressArgs()
+
+
+def read_args(config: Path) -> dict[str, Any]:
+    """Return the builder's arguments of the first application in a Serve config file."""
+    args: dict[str, Any] = yaml.safe_load(config.read_text())["applications"][0]["args"]
+    return args

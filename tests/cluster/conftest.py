@@ -53,8 +53,8 @@ def cluster() -> Iterator[Cluster]:
     )
     yield nodes
     with suppress(Exception):
-        serve.shutdown()
-    ray.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
     nodes.shutdown()  # type: ignore[no-untyped-call]
 
 
