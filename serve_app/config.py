@@ -101,6 +101,7 @@ class StoreArgs(_Args):
     """The expert store. ``byte_budget`` is per shard; None takes half its node's object store.
 
     ``backend="memory"`` keeps records in the calling process, for Serve's local testing mode.
+    Shards that hold nothing leave ``leave_after_s`` after their application is gone.
     """
 
     backend: Literal["shards", "memory"] = "shards"
@@ -108,13 +109,13 @@ class StoreArgs(_Args):
     lease_s: Annotated[float, Field(gt=0)] = 3600.0
     put_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     call_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    leave_after_s: Annotated[float, Field(gt=0)] = 60.0
     serve: ServeOptions = ServeOptions(num_cpus=0.05)
 
 
 class DecoderArgs(_Args):
     """The decoder: turns keys into tensors next to the data."""
 
-    fetch_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     serve: ServeOptions = ServeOptions(
         max_replicas=2, target_ongoing_requests=2, max_ongoing_requests=8
     )

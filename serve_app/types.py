@@ -2,11 +2,11 @@
 
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,15 @@ UpdateMode = Literal["abort", "drain"]
 class GenerateRequest(BaseModel):
     """One rollout to sample.
 
-    ``temperature=0`` is greedy; ``top_k=0`` and ``top_p=1`` switch those filters off. ``stop``
-    strings cut ``text``, never ``output_ids``. ``lease_s=None`` takes the store's default.
+    ``temperature=0`` is greedy; ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch those filters
+    off. ``repetition_penalty`` divides (of negative logits: multiplies) the logits of tokens in
+    prompt and output; ``presence_penalty`` and ``frequency_penalty`` are subtracted once, and
+    once an occurrence, for tokens in the output. No stop token is sampled and no stop string
+    looked for before ``min_new_tokens``. ``stop`` strings cut ``text``, never ``output_ids``.
+
+    ``continue_from`` is the key of routes that cover the beginning of ``input_ids``: the new
+    key reads as the whole sequence, and rows that were covered stay as they were captured.
+    ``lease_s=None`` takes the store's default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,17 +37,42 @@ class GenerateRequest(BaseModel):
     input_ids: Annotated[list[int], Field(min_length=1)]
     request_id: str = Field(default_factory=lambda: uuid.uuid4().hex)
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    presence_penalty: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    frequency_penalty: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    logit_bias: dict[int, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     include_stop_token: bool = True
     ignore_eos: bool = False
     return_routed_experts: bool = False
+    continue_from: str | None = None
     tag: str | None = None
     lease_s: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"expected min_new_tokens up to max_new_tokens {self.max_new_tokens},"
+                f" got {self.min_new_tokens}"
+            )
+        if self.continue_from is not None and not self.return_routed_experts:
+            raise ValueError("continue_from continues routes: set return_routed_experts too")
+        return self
+
+    def member(self, index: int) -> "GenerateRequest":
+        """Return the request of a group's member: its own id, and seed if the group has one."""
+        seed = None if self.seed is None else self.seed + index
+        return self.model_copy(update={"request_id": f"{self.request_id}-{index}", "seed": seed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +178,11 @@ class WeightsResult:
 
 @dataclass(frozen=True, slots=True)
 class ShardStats:
-    """Counters of one shard since it started, and what it holds now (bytes are exact)."""
+    """Counters of one shard since it started, and what it holds now (bytes are exact).
+
+    ``lost`` counts keys of earlier processes that were asked for; ``shared_rows`` the rows that
+    children did not store because an ancestor had them; ``oldest_s`` is an age in seconds.
+    """
 
     shard: str
     live_keys: int
@@ -158,6 +194,9 @@ class ShardStats:
     released: int
     expired: int
     full: int
+    lost: int = 0
+    shared_rows: int = 0
+    oldest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

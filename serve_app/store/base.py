@@ -57,6 +57,14 @@ class RecordStore(Protocol):
         """Return each key's segments, or why it has none. Reading renews and never destroys."""
         ...
 
+    def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
+        """Return the headers of each key's segments; fetches no bytes and renews nothing."""
+        ...
+
+    def is_local(self, key: str) -> bool:
+        """Whether the key's bytes lie where this process would put a record."""
+        ...
+
     def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
         """End keys, or all under a tag; return how many were live. Idempotent."""
         ...

@@ -5,7 +5,7 @@
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -27,6 +27,8 @@ from serve_app.store.keys import parse
 from serve_app.store.outbox import Batch
 
 Actor = ActorHandle[Any]
+GIVE_UP_AFTER_S = 2.0
+"""How long a shard that Ray calls dead or unreachable is asked again."""
 GONE = (ActorDiedError, ActorUnschedulableError, ObjectLostError)
 
 
@@ -45,37 +47,68 @@ class ShardCalls:
     ) -> dict[str, Any]:
         """Call each shard once, all at the same time; an error is that shard's answer.
 
-        A shard that just died restarts within a second, so what failed is asked once more.
+        A call to a process that has just died fails only after a second or two, but its
+        successor answers within one. So an idempotent call is sent again while it waits, and
+        whatever answers first counts. A node that Ray finds unreachable ends the wait early.
         """
-        deadline = time.monotonic() + self._timeout_s
+        begun = time.monotonic()
         replies: dict[str, Any] = {}
-        for _ in range(2):
-            calls = {
-                shard: call(handle, texts)
-                for shard, texts in groups.items()
-                if isinstance(replies.get(shard, RayError()), RayError)
-                and (handle := self._handle(shard)) is not None
-            }
-            if not calls:
+        sent: dict[ray.ObjectRef[Any], str] = {}
+        open_shards = list(groups)
+        for pause_s in _pauses():
+            for shard in open_shards:
+                if (handle := self._handle(shard)) is None:
+                    replies[shard] = ActorUnschedulableError("no actor of that name")
+                else:
+                    sent[call(handle, groups[shard])] = shard
+            named = [shard for shard in open_shards if shard in self._handles]
+            self._receive(sent, named, replies, min(pause_s, self._left(begun)))
+            open_shards = [
+                shard
+                for shard in open_shards
+                if self._is_open(replies.get(shard), time.monotonic() - begun)
+            ]
+            if not open_shards or not self._left(begun):
                 break
-            ready, _ = ray.wait(
-                list(calls.values()),
-                num_returns=len(calls),
-                timeout=max(0.0, deadline - time.monotonic()),
-            )
-            arrived = set(ready)
-            for shard, ref in calls.items():
+        late = GetTimeoutError(f"no answer within {self._timeout_s} s")
+        return {shard: replies.get(shard, late) for shard in groups}
+
+    def _left(self, begun: float) -> float:
+        return max(0.0, begun + self._timeout_s - time.monotonic())
+
+    def _receive(
+        self,
+        sent: "dict[ray.ObjectRef[Any], str]",
+        open_shards: list[str],
+        replies: dict[str, Any],
+        timeout_s: float,
+    ) -> None:
+        """Wait until every open shard has answered, or the time is over; errors may be mended."""
+        until, waiting = time.monotonic() + timeout_s, set(open_shards)
+        while waiting and (left := until - time.monotonic()) > 0:
+            if not sent:
+                time.sleep(left)
+                return
+            ready, _ = ray.wait(list(sent), num_returns=1, timeout=left)
+            for ref in ready:
+                shard = sent.pop(ref)
                 try:
-                    if ref not in arrived:
-                        raise GetTimeoutError("no answer in time")
                     replies[shard] = ray.get(ref)
+                    waiting.discard(shard)
                 except RayTaskError as error:
                     raise translate(error, shard) from None
                 except RayError as error:
                     self._handles.pop(shard, None)
-                    replies[shard] = error
-        gone = ActorUnschedulableError("no actor of that name")
-        return {shard: replies.get(shard, gone) for shard in groups}
+                    if isinstance(replies.get(shard, error), RayError):
+                        replies[shard] = error
+
+    def _is_open(self, reply: Any, waited_s: float) -> bool:
+        """Whether a shard's answer may still come."""
+        if reply is None:
+            return True
+        if isinstance(reply, ActorUnschedulableError):
+            return False
+        return isinstance(reply, RayError) and waited_s < GIVE_UP_AFTER_S
 
     def _handle(self, shard: str) -> Actor | None:
         if shard not in self._handles:
@@ -131,3 +164,12 @@ def translate(error: RayError, shard: str) -> R3Error:
 def line(error: BaseException) -> str:
     """Return the first line of an error that Ray made many lines long."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _pauses() -> Iterator[float]:
+    """How long to wait before asking again: briefly at first, then doubling."""
+    yield from (0.25, 0.25, 0.25, 0.25)
+    pause_s = 0.5
+    while True:
+        yield pause_s
+        pause_s *= 2

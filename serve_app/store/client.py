@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
-from serve_app.records import Record
+from serve_app.records import Record, RecordMeta
 from serve_app.store import outbox
 from serve_app.store.base import Offer, Segments, Unreadable
 from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, line, translate
@@ -123,8 +123,20 @@ class ShardStore:
         silent = [name for name in names if not isinstance(replies[name], ShardStats)]
         return StoreStats(answered, tuple(silent))
 
+    def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
+        """See `RecordStore`."""
+        groups, foreign = self._by_shard(keys)
+        answers: dict[str, list[RecordMeta] | Unreadable] = {**foreign}
+        replies = self._calls.ask(groups, lambda shard, texts: shard.describe.remote(texts))
+        for shard, texts in groups.items():
+            if isinstance(reply := replies[shard], list):
+                answers.update(zip(texts, reply, strict=True))
+            else:
+                answers.update(self._calls.explain(texts, reply))
+        return [answers[text] for text in keys]
+
     def is_local(self, key: str) -> bool:
-        """Whether the key's bytes lie on this process's node."""
+        """See `RecordStore`: on this process's node."""
         return parse(key, self._app).shard == this_node()
 
     def _shard_here(self) -> Actor:

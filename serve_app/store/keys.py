@@ -37,7 +37,11 @@ class Key:
     def sign(self, secret: bytes) -> str:
         """Return the key's text."""
         body = self._body()
-        return base64.urlsafe_b64encode(body + _mac(secret, body)).decode().rstrip("=")
+        return _text(body + _mac(secret, body))
+
+
+def _text(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
 def _mac(secret: bytes, body: bytes) -> bytes:
@@ -51,6 +55,8 @@ def _split(text: str) -> tuple[Key, bytes, bytes]:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         if raw[0] != _VERSION or len(raw) != 2 + raw[1] + _TAIL.size + _MAC_BYTES:
             raise ValueError("wrong version or length")
+        if _text(raw) != text:
+            raise ValueError("base64 with stray bits: another text for the same bytes")
         app = raw[2 : 2 + raw[1]].decode()
         shard, epoch, seq = _TAIL.unpack_from(raw, 2 + raw[1])
     except (ValueError, IndexError, binascii.Error) as error:
@@ -69,11 +75,11 @@ def parse(text: str, app: str) -> Key:
     return key
 
 
-def verify(text: str, app: str, secret: bytes) -> Key:
-    """Read a key and check its MAC; raise `UnknownKey` if it was made up or altered."""
+def verify(text: str, app: str, *secrets: bytes) -> Key:
+    """Read a key and check its MAC; raise `UnknownKey` if none of the secrets made it."""
     key = parse(text, app)
     _, body, mac = _split(text)
-    if not hmac.compare_digest(mac, _mac(secret, body)):
+    if not any(hmac.compare_digest(mac, _mac(secret, body)) for secret in secrets):
         raise UnknownKey(f"no such key was ever handed out: {shorten(text)}")
     return key
 

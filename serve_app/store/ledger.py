@@ -32,6 +32,7 @@ class _Entry(Generic[P]):
     lease_s: float
     tag: str | None
     parent: int | None
+    born: float
     children: int = 0
 
 
@@ -71,7 +72,7 @@ class Ledger(Generic[P]):
         if parent is not None:
             self._live(parent).children += 1
         seq, self._next = self._next, self._next + 1
-        self._entries[seq] = _Entry(meta, payload, lease_s, None, parent)
+        self._entries[seq] = _Entry(meta, payload, lease_s, None, parent, now)
         self._states.append(_State.LIVE)
         self._leases.add(seq, now + lease_s)
         self.live += 1
@@ -89,6 +90,26 @@ class Ledger(Generic[P]):
             chain.append((entry.meta, entry.payload))
         chain.reverse()
         return chain
+
+    def describe(self, seq: int) -> list[RecordMeta]:
+        """Return the headers of the record's chain, oldest ancestor first; renews nothing."""
+        chain, entry = [], self._live(seq)
+        while True:
+            chain.append(entry.meta)
+            if entry.parent is None:
+                return chain[::-1]
+            entry = self._entries[entry.parent]
+
+    def oldest_s(self, now: float) -> float:
+        """Return the age of the oldest record that is held, 0 if there is none."""
+        oldest = next(iter(self._entries.values()), None)
+        return now - oldest.born if oldest else 0.0
+
+    def live_seqs(self) -> list[int]:
+        """Return the sequence numbers of all live records, oldest first."""
+        return [
+            seq for seq in self._entries if self._states[seq - self._first_state] == _State.LIVE
+        ]
 
     def renew(self, seq: int, now: float, lease_s: float) -> None:
         """Let the lease end at ``now + lease_s``, and last as long after each read."""

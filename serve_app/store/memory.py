@@ -7,7 +7,7 @@ from typing import Any
 
 from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull
-from serve_app.records import Ids, Record
+from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store.base import Segments, Unreadable
 from serve_app.store.keys import Key, verify
 from serve_app.store.ledger import Ledger
@@ -77,6 +77,23 @@ class MemoryStore:
                 self._counts["gets"] += 1
                 answers.append([Record(meta, ids) for meta, ids in chain])
         return answers
+
+    def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
+        """See `RecordStore`."""
+        answers: list[list[RecordMeta] | Unreadable] = []
+        with self._changed:
+            self._sweep()
+            for text in keys:
+                try:
+                    answers.append(self._ledger.describe(self._seq(text)))
+                except KeyUnreadable as why:
+                    answers.append(why)
+        return answers
+
+    def is_local(self, key: str) -> bool:
+        """See `RecordStore`: everything is here."""
+        verify(key, self._app, b"memory")
+        return True
 
     def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
         """See `RecordStore`."""
