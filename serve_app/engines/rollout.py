@@ -7,6 +7,7 @@ from math import isnan
 from serve_app.engines.base import EngineChunk
 from serve_app.engines.detokenizer import Decode, Detokenizer
 from serve_app.engines.expert_rows import ExpertRows
+from serve_app.engines.penalties import LogitRules, Penalties
 from serve_app.engines.sampling import Sampler, Sampling
 from serve_app.engines.stop_strings import StopStrings
 from serve_app.engines.stream import ChunkStream
@@ -22,6 +23,7 @@ class StopRules:
     strings: tuple[str, ...]
     include_token: bool
     max_new_tokens: int
+    min_new_tokens: int
     decode: Decode | None
 
 
@@ -44,9 +46,7 @@ class Rollout:
         self.experts = experts
         self.stream = stream
         self.weight_version = 0
-        self.sampler = Sampler(
-            Sampling(request.temperature, request.top_k, request.top_p), request.seed
-        )
+        self.sampler = _sampler(request, rules)
         self._rules = rules
         self._text = Detokenizer(rules.decode) if rules.decode is not None else None
         self._stops = StopStrings(rules.strings)
@@ -59,7 +59,8 @@ class Rollout:
         if stops and not self._rules.include_token:
             return self.end("stop")
         self.output.append(token)
-        text = self._stops.push(self._text.push(token)) if self._text else ""
+        self.sampler.took(token)
+        text = self._push_text(token)
         if not stops and not self._stops.found and len(self.output) < self._rules.max_new_tokens:
             return EngineChunk([token], [logprob], text, weight_version=self.weight_version)
         # The rest of the text may complete a stop string, so it decides about the reason too.
@@ -71,6 +72,13 @@ class Rollout:
         """End between two tokens."""
         text = "" if error else self._finish_text()  # decoding may be what failed
         return self._last_chunk([], [], text, reason, error)
+
+    def _push_text(self, token: int) -> str:
+        if self._text is None:
+            return ""
+        text = self._text.push(token)
+        early = len(self.output) < self._rules.min_new_tokens
+        return text if early else self._stops.push(text)
 
     def _finish_text(self) -> str:
         if self._text is None:
@@ -109,3 +117,17 @@ class Rollout:
             weight_version=self.weight_version,
             tokens=(self.prompt + self.output)[:rows],
         )
+
+
+def _sampler(request: GenerateRequest, rules: StopRules) -> Sampler:
+    sampling = Sampling(request.temperature, request.top_k, request.top_p, request.min_p)
+    changes = LogitRules(
+        repetition=request.repetition_penalty,
+        presence=request.presence_penalty,
+        frequency=request.frequency_penalty,
+        bias=request.logit_bias,
+        banned=frozenset(rules.token_ids),
+        min_tokens=rules.min_new_tokens,
+    )
+    penalties = None if changes.idle else Penalties(changes, request.input_ids)
+    return Sampler(sampling, request.seed, penalties)

@@ -9,16 +9,23 @@ from dataclasses import dataclass
 
 import torch
 
+from serve_app.engines.penalties import Penalties
+
 SEED_RANGE = range(-(2**63), 2**64)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to pick; ``temperature=0`` is greedy, ``top_k=0`` and ``top_p=1`` filter nothing."""
+    """How to pick; ``temperature=0`` is greedy.
+
+    ``top_k=0``, ``top_p=1`` and ``min_p=0`` filter nothing; ``min_p`` excludes tokens that are
+    less than that share as likely as the likeliest one.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
     @property
     def greedy(self) -> bool:
@@ -28,19 +35,27 @@ class Sampling:
     @property
     def filtered(self) -> bool:
         """Whether some tokens are excluded."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 class Sampler:
-    """One request's way to pick and its random state."""
+    """One request's way to pick, its random state and what changes its logits."""
 
-    def __init__(self, sampling: Sampling, seed: int | None) -> None:
+    def __init__(
+        self, sampling: Sampling, seed: int | None, penalties: Penalties | None = None
+    ) -> None:
         self.sampling = sampling
+        self.penalties = penalties
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
+
+    def took(self, token: int) -> None:
+        """Count a token that became part of the output."""
+        if self.penalties is not None:
+            self.penalties.took(token)
 
     def draw(self) -> float:
         """Return the next uniform number in [0, 1)."""
@@ -50,10 +65,11 @@ class Sampler:
 def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list[float]]:
     """Pick one token a row of ``logits`` ``[rows, vocab]``; return ids and raw logprobs.
 
-    Raw: log-softmax in fp32 before temperature and filters. A row that isn't finite gives NaN.
+    Raw: log-softmax in fp32 before anything else. A row that isn't finite gives NaN.
     """
     logits = logits.float()
     logprobs = logits.log_softmax(dim=-1)
+    logits = _penalised(logits, samplers)
     tokens = logits.argmax(dim=-1)
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.sampling.greedy]
     plain = [row for row in drawn if not samplers[row].sampling.filtered]
@@ -70,14 +86,27 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> tuple[list[int]
     return tokens.tolist(), picked.tolist()
 
 
+def _penalised(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    changed = [row for row, sampler in enumerate(samplers) if sampler.penalties is not None]
+    if changed:
+        logits = logits.clone()  # in fp32 they are the model's own
+    for row in changed:
+        penalties = samplers[row].penalties
+        assert penalties is not None
+        logits[row] = penalties.apply(logits[row])
+    return logits
+
+
 def _sample_filtered(logits: torch.Tensor, sampler: Sampler) -> torch.Tensor:
-    """Pick from ``logits`` ``[vocab]``: top-k first, then top-p of what is left."""
+    """Pick from ``logits`` ``[vocab]``: top-k and min-p first, then top-p of what is left."""
     sampling = sampler.sampling
     if sampling.top_k:
         kept, ids = logits.topk(min(sampling.top_k, len(logits)))
     else:
         kept, ids = logits.sort(descending=True, stable=True)
     weights = _weights(kept[None], sampling.temperature)
+    if sampling.min_p:  # the likeliest one has weight 1
+        weights = weights.masked_fill(weights < sampling.min_p, 0.0)
     if sampling.top_p < 1:
         before = weights.cumsum(dim=-1) - weights
         weights = weights.masked_fill(before >= sampling.top_p * weights.sum(), 0.0)

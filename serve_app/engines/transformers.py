@@ -1,7 +1,7 @@
 """The Transformers engine: Hugging Face MoE models on the CPU, behind the `Engine` Protocol."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,7 @@ class TransformersEngine:
             raise InvalidRequest("expected at least one prompt token, got none")
         self._check_vocabulary("input_ids", (min(prompt), max(prompt)))
         self._check_vocabulary("stop_token_ids", request.stop_token_ids)
+        self._check_vocabulary("logit_bias", request.logit_bias)
         if len(prompt) >= info.context_length:
             raise InvalidRequest(
                 f"expected at most {info.context_length - 1} prompt tokens, one less than the"
@@ -130,7 +131,7 @@ class TransformersEngine:
         await asyncio.wrap_future(self._steps.finished)
         self._steps.join()
 
-    def _check_vocabulary(self, what: str, ids: tuple[int, ...]) -> None:
+    def _check_vocabulary(self, what: str, ids: Iterable[int]) -> None:
         for token in ids:
             if not 0 <= token < self._info.vocab_size:
                 raise InvalidRequest(
@@ -145,6 +146,7 @@ class TransformersEngine:
             strings=request.stop,
             include_token=request.include_stop_token,
             max_new_tokens=min(request.max_new_tokens, room),
+            min_new_tokens=request.min_new_tokens,
             decode=self._decode,
         )
         experts = None

@@ -2,10 +2,12 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
+from serve_app.engines.penalties import LogitRules, Penalties
 from serve_app.engines.sampling import Sampler, Sampling, sample
 
 PROBABILITIES = [0.4, 0.3, 0.2, 0.1]
@@ -91,3 +93,70 @@ def test_large_vocabularies_reach_their_last_tokens() -> None:
     tokens = [sample(torch.zeros(1, 150_000), [sampler])[0][0] for sampler in samplers]
     assert max(tokens) > 145_000
     assert min(tokens) < 5_000
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(min_p=0.6), [4 / 7, 3 / 7]),  # of 0.4: 0.24
+        (Sampling(min_p=0.45), [4 / 9, 3 / 9, 2 / 9]),
+        (Sampling(min_p=1.0), [1.0]),
+        (Sampling(temperature=0.5, min_p=0.45), [16 / 25, 9 / 25]),  # after temperature
+        (Sampling(top_p=0.95, min_p=0.3), [4 / 9, 3 / 9, 2 / 9]),
+        (Sampling(top_p=0.6, min_p=0.6), [4 / 7, 3 / 7]),  # top-p of what min-p left
+    ],
+)
+def test_min_p_frequencies(sampling: Sampling, expected: list[float]) -> None:
+    found = draw(sampling)
+    assert list(found.values()) == pytest.approx(expected, abs=0.03)
+
+
+def penalised(rules: LogitRules, logits: list[float], prompt: list[int], output: list[int]) -> Any:
+    penalties = Penalties(rules, prompt)
+    for token in output:
+        penalties.took(token)
+    given = torch.tensor(logits)
+    changed = penalties.apply(given)
+    assert given.tolist() == logits
+    return changed.tolist()
+
+
+def test_repetition_penalty_is_the_formula_of_ctrl() -> None:
+    """Positive logits are divided, negative ones multiplied, once, prompt and output alike."""
+    logits = [2.0, -1.0, 0.5, -0.5, 1.0]
+    found = penalised(LogitRules(repetition=2.0), logits, prompt=[0, 0, 1], output=[3, 3])
+    assert found == [1.0, -2.0, 0.5, -1.0, 1.0]
+
+
+def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
+    rules = LogitRules(presence=0.5, frequency=0.25)
+    found = penalised(rules, [1.0] * 4, prompt=[0, 0], output=[1, 2, 2])
+    assert found == [1.0, 1.0 - 0.5 - 0.25, 1.0 - 0.5 - 0.5, 1.0]
+
+
+def test_penalties_follow_bias_and_ban() -> None:
+    rules = LogitRules(
+        repetition=2.0, presence=1.0, bias={1: 3.0, 2: -4.0}, banned=frozenset({3}), min_tokens=2
+    )
+    assert penalised(rules, [1.0] * 4, [], [1]) == [1.0, 4 / 2 - 1, -3.0, -math.inf]
+    assert penalised(rules, [1.0] * 4, [], [1, 1]) == [1.0, 4 / 2 - 1, -3.0, 1.0]
+
+
+def test_a_bias_decides_and_logprobs_stay_raw() -> None:
+    penalties = [Penalties(LogitRules(bias={2: 50.0}), []) for _ in range(2)]
+    samplers = [
+        Sampler(Sampling(), 0, penalties[0]),
+        Sampler(Sampling(temperature=0), 0, penalties[1]),
+        Sampler(Sampling(temperature=0), 0),
+    ]
+    logits = LOGITS.expand(3, -1)
+    tokens, logprobs = sample(logits, samplers)
+    assert tokens == [2, 2, 0]
+    assert logprobs == pytest.approx([math.log(0.2), math.log(0.2), math.log(0.4)])
+    torch.testing.assert_close(logits, LOGITS.expand(3, -1))
+
+
+def test_rules_that_change_nothing_cost_nothing() -> None:
+    assert LogitRules(banned=frozenset({1})).idle
+    assert not LogitRules(banned=frozenset({1}), min_tokens=1).idle
+    assert not LogitRules(frequency=0.1).idle
