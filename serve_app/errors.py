@@ -21,6 +21,10 @@ class EngineUnavailable(EngineError):
     """No engine replica answered in time. `generate` is never retried by itself."""
 
 
+class EngineAsleep(EngineUnavailable):
+    """The engine sleeps, its weights out of memory; `wake` it first."""
+
+
 class EngineOverloaded(EngineError):
     """The engine's waiting queue is full; try again later."""
 

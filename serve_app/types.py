@@ -16,6 +16,7 @@ OutputDtype = Literal["uint8", "uint16", "int32", "int64"]
 OnMissing = Literal["raise", "mask"]
 Where = Literal["auto", "local", "decoder"]
 UpdateMode = Literal["abort", "drain"]
+SleepLevel = Literal[1, 2]
 
 
 class GenerateRequest(BaseModel):

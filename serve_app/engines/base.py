@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from serve_app.records import Record
-from serve_app.types import FinishReason, GenerateRequest, UpdateMode
+from serve_app.types import FinishReason, GenerateRequest, SleepLevel, UpdateMode
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,8 @@ class EngineChunk:
     """What one request gained since its last chunk.
 
     ``finish_reason`` comes with the last chunk, and with it the record: P+G-1 rows of P prompt
-    and G sampled tokens, None where no token was processed or recording was not asked for.
+    and G sampled tokens, fewer where the prompt was not processed to its end, None where no token
+    was or recording was not asked for.
     ``text`` is new text, already cut at a stop string. A stop token is a token.
     """
 
@@ -69,13 +70,22 @@ class Engine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineChunk, None]:
         """Sample one rollout; the last chunk has a finish reason.
 
-        Raises `InvalidRequest`, or `EngineOverloaded` when the waiting queue is full. Closing
-        the iterator aborts the request.
+        Raises `InvalidRequest`, `EngineOverloaded` when the waiting queue is full, or
+        `EngineAsleep`. Closing the iterator aborts the request.
+        """
+        ...
+
+    def generate_group(
+        self, request: GenerateRequest, n: int
+    ) -> AsyncGenerator[tuple[int, EngineChunk], None]:
+        """Sample ``n`` rollouts of one prompt, which is processed once; yield (member, chunk).
+
+        Member *i* is sampled as ``request.member(i)``. Raises as `generate` does.
         """
         ...
 
     async def abort(self, request_id: str | None = None) -> int:
-        """Abort one request, or all (None); return how many were running or waiting.
+        """Abort one request, group or member, or all (None); return how many rollouts ended.
 
         They end with finish reason ``abort`` and what was sampled so far.
         """
@@ -91,8 +101,30 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def sleep_level(self) -> SleepLevel | None:
+        """How deep it sleeps, None while it serves."""
+        ...
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Abort everything and take the weights off the device; level 2 forgets them.
+
+        Until `wake`, requests and weights are refused with `EngineAsleep`.
+        """
+        ...
+
+    async def wake(
+        self, state: "Mapping[str, torch.Tensor] | None" = None, version: int = 0
+    ) -> None:
+        """Serve again, with ``state`` if given; after level 2 else as the checkpoint has it.
+
+        Nothing happens where it serves already. Raises `WeightsMismatch` and sleeps on where
+        ``state`` does not fit.
+        """
+        ...
+
     def check_health(self) -> None:
-        """Raise `EngineUnavailable` if the engine cannot serve any more."""
+        """Raise `EngineUnavailable` if the engine cannot serve any more, or makes no progress."""
         ...
 
     async def stop(self) -> None:

@@ -30,7 +30,8 @@ class StopRules:
 class Rollout:
     """P prompt tokens and what was sampled so far.
 
-    The rows of ``experts`` are those of processed tokens: always all but the last sampled one.
+    The rows of ``experts`` are those of processed tokens: all but the last sampled one, once the
+    prompt was processed. ``group`` is an id that several rollouts of one prompt may share.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Rollout:
         rules: StopRules,
         experts: ExpertRows | None,
         stream: ChunkStream,
+        group: str | None = None,
     ) -> None:
         self.request_id = request.request_id
+        self.group = group
         self.prompt = request.input_ids
         self.output: list[int] = []
         self.experts = experts
@@ -104,10 +107,13 @@ class Rollout:
         )
 
     def _record(self) -> Record | None:
-        """P+G-1 rows for the G tokens that are returned; a stripped stop token isn't."""
-        if self.experts is None or not self.experts.rows:
+        """P+G-1 rows for the G tokens that are returned; a stripped stop token isn't.
+
+        Fewer when the prompt was not processed to its end.
+        """
+        if self.experts is None:
             return None
-        rows = len(self.prompt) + len(self.output) - 1
+        rows = min(self.experts.rows, len(self.prompt) + len(self.output) - 1)
         if rows == 0:
             return None
         return make_record(

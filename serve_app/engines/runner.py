@@ -1,9 +1,8 @@
 """Runs the model: one prompt into a cache of its own, or one token for every running row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -11,20 +10,23 @@ from transformers.cache_utils import DynamicCache
 from serve_app.engines.masks import DecodeMask, Mask
 from serve_app.engines.recording import ExpertRecorder
 from serve_app.engines.slots import SlotCache
-from serve_app.engines.weights import load_weights
+from serve_app.engines.weights import ParkedWeights, load_weights
 from serve_app.records import Ids
 
-PREFILL_PIECE = 2048
 
+@dataclass(slots=True)
+class Prompt:
+    """A prompt being processed: its own cache, and ``logits`` ``[1, vocab]`` once it is done."""
 
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """A processed prompt: its cache, ``logits`` ``[1, vocab]`` after it, its experts if wanted."""
+    tokens: Sequence[int]
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    done: int = 0
+    logits: torch.Tensor | None = None
 
-    tokens: int
-    cache: DynamicCache
-    logits: torch.Tensor
-    experts: Ids | None
+    @property
+    def left(self) -> int:
+        """Tokens still to be processed."""
+        return len(self.tokens) - self.done
 
 
 class ModelRunner:
@@ -38,32 +40,32 @@ class ModelRunner:
         self._recorder = recorder
         self._mask = DecodeMask(model)
         self._slots = SlotCache()
+        self._parked: ParkedWeights | None = None
 
     def rehearse(self) -> None:
-        """Run one token after another once, so that a model that cannot fails at load."""
-        self.join(self.prefill([0], record=True))
+        """Run a prompt in two pieces and a step, so that a model that cannot fails at load."""
+        prompt = Prompt([0, 0])
+        self.process(prompt, 1, record=True)
+        self.process(prompt, 1, record=True)
+        self.join(prompt)
         self.decode([0], record=True)
         self.leave(0)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], *, record: bool) -> Prefilled:
-        """Process a prompt alone, as a plain forward pass would.
-
-        In pieces, because eager attention takes memory for every pair of tokens in one.
-        """
-        cache = DynamicCache()
-        experts: list[Ids] = []
-        for start in range(0, len(tokens), PREFILL_PIECE):
-            piece = torch.tensor([tokens[start : start + PREFILL_PIECE]], device=self._model.device)
-            logits, ids = self._forward(piece, record=record, cache=cache)
-            if ids is not None:
-                experts.append(ids)
-        return Prefilled(len(tokens), cache, logits, np.concatenate(experts) if experts else None)
+    def process(self, prompt: Prompt, tokens: int, *, record: bool) -> Ids | None:
+        """Process up to ``tokens`` more of a prompt, alone; return their experts if wanted."""
+        piece = prompt.tokens[prompt.done : prompt.done + tokens]
+        logits, experts = self._forward(
+            torch.tensor([piece], device=self._model.device), record=record, cache=prompt.cache
+        )
+        prompt.done += len(piece)
+        prompt.logits = None if prompt.left else logits
+        return experts
 
     @torch.inference_mode()
-    def join(self, prefilled: Prefilled) -> None:
-        """Add a processed prompt to the batch, as its last row."""
-        self._slots.join(prefilled.cache, prefilled.tokens)
+    def join(self, prompt: Prompt) -> None:
+        """Copy a processed prompt into the batch, as its last row."""
+        self._slots.join(prompt.cache, len(prompt.tokens))
 
     @torch.inference_mode()
     def leave(self, row: int) -> None:
@@ -89,6 +91,23 @@ class ModelRunner:
         """Take new weights, already checked. The batch must be empty: its cache is of the old."""
         assert not self._slots.lengths
         load_weights(self._model, state)
+
+    def sleep(self, *, keep: bool) -> None:
+        """Take the weights out of the model. The batch must be empty."""
+        assert not self._slots.lengths
+        if self._parked is None:
+            self._parked = ParkedWeights(self._model, keep=keep)
+        elif not keep:
+            self._parked.drop()
+
+    def wake(self, state: Mapping[str, torch.Tensor] | None) -> None:
+        """Put the weights back, or other ones; those that were not kept must be given."""
+        if self._parked is not None:
+            assert state is not None or self._parked.kept
+            self._parked.restore()
+            self._parked = None
+        if state is not None:
+            load_weights(self._model, state)
 
     def close(self) -> None:
         """Let go of the model and the batch."""

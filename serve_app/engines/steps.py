@@ -7,7 +7,8 @@ command whose future is done has taken effect.
 
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -19,7 +20,7 @@ from serve_app.engines.batch import Batch, State, WeightUpdate
 from serve_app.engines.rollout import Rollout
 from serve_app.engines.runner import ModelRunner
 from serve_app.engines.stream import Outbox
-from serve_app.errors import EngineOverloaded, EngineUnavailable, InvalidRequest
+from serve_app.errors import EngineAsleep, EngineOverloaded, EngineUnavailable, InvalidRequest
 from serve_app.types import UpdateMode
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ Command = Callable[[], object]
 T = TypeVar("T")
 
 STOPPED = "the engine was stopped"
+ASLEEP = "the engine sleeps: call wake() first"
 
 
 class StepThread:
@@ -42,6 +44,7 @@ class StepThread:
         num_threads: int | None,
     ) -> None:
         self.ended: str | None = None
+        self.asleep = False
         self.finished: Future[None] = Future()
         self.finished.set_running_or_notify_cancel()  # one waiter's cancellation is not all's
         self._runner = runner
@@ -54,6 +57,7 @@ class StepThread:
         self._live: set[str] = set()
         self._mailbox: SimpleQueue[Command] = SimpleQueue()
         self._stopping = False
+        self._working_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="r3serve-steps", daemon=True)
         self._thread.start()
 
@@ -62,30 +66,39 @@ class StepThread:
         """Version of the weights that the next forward pass uses."""
         return self._batch.weight_version
 
-    def submit(self, rollout: Rollout) -> None:
-        """Queue a rollout.
+    @property
+    def stuck_s(self) -> float:
+        """Seconds since the last sign of progress; 0 while there is nothing to do."""
+        since = self._working_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def submit(self, rollouts: Sequence[Rollout]) -> None:
+        """Queue rollouts of one prompt, all or none.
 
         Raises `EngineOverloaded` when batch and queue are full, `InvalidRequest` for an id
-        still in use, `EngineUnavailable` when the thread has ended.
+        still in use, `EngineAsleep`, or `EngineUnavailable` when the thread has ended.
         """
+        ids = {rollout.request_id for rollout in rollouts}
         with self._lock:
-            self._check_not_ended()
-            if rollout.request_id in self._live:
-                raise InvalidRequest(f"request id {rollout.request_id!r} is already in use")
-            if len(self._live) >= self._max_running + self._max_waiting:
+            self._check_serving()
+            if used := self._live & ids:
+                raise InvalidRequest(f"request id {min(used)!r} is already in use")
+            if len(self._live) + len(ids) > self._max_running + self._max_waiting:
                 raise EngineOverloaded(
                     f"at most {self._max_running} requests run and {self._max_waiting} wait;"
-                    f" there are {len(self._live)}"
+                    f" there are {len(self._live)}, and {len(ids)} came"
                 )
-            self._live.add(rollout.request_id)
-            self._mailbox.put(lambda: self._batch.add(rollout))
+            self._live |= ids
+            self._mailbox.put(lambda: self._batch.add(rollouts))
 
     def abort(self, request_id: str | None) -> Future[int]:
-        """End one request, or all; the future has how many, when their slots are free."""
+        """End one request or group, or all; the future has how many, when their slots are free."""
         done: Future[int] = Future()
 
         def run() -> None:
-            ended = self._batch.abort(lambda r: request_id is None or r.request_id == request_id)
+            ended = self._batch.abort(
+                lambda r: request_id is None or request_id in (r.request_id, r.group)
+            )
             self._outbox.flush()
             _answer(done, ended)
 
@@ -100,6 +113,8 @@ class StepThread:
     def update(self, state: State, version: int, mode: UpdateMode) -> Future[None]:
         """Load checked weights once nothing runs; ``abort`` sees to that at once."""
         update = WeightUpdate(state, version, Future())
+        if self.asleep:
+            raise EngineAsleep(ASLEEP)
 
         def run() -> None:
             self._batch.update(update)
@@ -107,6 +122,33 @@ class StepThread:
                 self._batch.abort_running(lambda _: True)
 
         return self._post(run, update.done)
+
+    def sleep(self, *, keep: bool) -> Future[None]:
+        """Refuse requests from now on, end those there are, take the weights out of the model."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            self.asleep = True  # again: a wake that was still under way may have ended
+            self._batch.sleep(keep=keep)
+            self._outbox.flush()
+            _answer(done, None)
+
+        with self._lock:
+            self._check_not_ended()
+            self.asleep = True
+            self._mailbox.put(run)
+        return done
+
+    def wake(self, state: State | None, version: int) -> Future[None]:
+        """Put the weights back, or checked other ones, and take requests again."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            self._batch.wake(state, version)
+            self.asleep = False
+            _answer(done, None)
+
+        return self._post(run, done)
 
     def stop(self) -> None:
         """Ask the thread to end; ``finished`` tells when it is about to."""
@@ -123,6 +165,11 @@ class StepThread:
             self._check_not_ended()
             self._mailbox.put(command)
         return done
+
+    def _check_serving(self) -> None:
+        self._check_not_ended()
+        if self.asleep:
+            raise EngineAsleep(ASLEEP)
 
     def _check_not_ended(self) -> None:
         if self.ended is not None:
@@ -150,12 +197,16 @@ class StepThread:
             self._run_commands(wait=self._batch.idle)
             if self._stopping:
                 return
+            self._working_since = time.monotonic()
             self._batch.step()
             self._flush()
 
     def _run_commands(self, *, wait: bool) -> None:
         if wait:
-            self._mailbox.get()()
+            self._working_since = None
+            command = self._mailbox.get()
+            self._working_since = time.monotonic()
+            command()
         while True:
             try:
                 command = self._mailbox.get_nowait()

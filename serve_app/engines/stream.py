@@ -7,24 +7,25 @@ from serve_app.engines.base import EngineChunk
 
 
 class ChunkStream:
-    """Chunks of one request, for one reader. All but the constructor runs on the loop."""
+    """Chunks of one request, for one reader. All but the constructor runs on the loop.
 
-    def __init__(self) -> None:
+    ``filled`` is set when there are some; a group's streams share it.
+    """
+
+    def __init__(self, filled: asyncio.Event) -> None:
         self.loop = asyncio.get_running_loop()
         self._chunks: list[EngineChunk] = []
-        self._filled = asyncio.Event()
+        self._filled = filled
 
     def put(self, chunk: EngineChunk) -> None:
         """Add a chunk; the one with a finish reason is the last."""
         self._chunks.append(chunk)
         self._filled.set()
 
-    async def get(self) -> EngineChunk:
-        """Wait for chunks and take all that are there as one: a slow reader gets fewer."""
-        await self._filled.wait()
+    def take(self) -> EngineChunk | None:
+        """Take all that are there as one, so that a slow reader gets fewer; None if none are."""
         chunks, self._chunks = self._chunks, []
-        self._filled.clear()
-        return merge(chunks)
+        return merge(chunks) if chunks else None
 
 
 def merge(chunks: list[EngineChunk]) -> EngineChunk:

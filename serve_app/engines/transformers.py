@@ -1,13 +1,13 @@
 """The Transformers engine: Hugging Face MoE models on the CPU, behind the `Engine` Protocol."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 from serve_app.config import EngineArgs
 from serve_app.engines.base import EngineChunk, ModelInfo
-from serve_app.engines.checkpoint import load_checkpoint
+from serve_app.engines.checkpoint import load_checkpoint, load_model
 from serve_app.engines.expert_rows import ExpertRows
 from serve_app.engines.recording import ExpertRecorder
 from serve_app.engines.rollout import Rollout, StopRules
@@ -17,7 +17,7 @@ from serve_app.engines.steps import StepThread
 from serve_app.engines.stream import ChunkStream
 from serve_app.engines.weights import WeightSpec
 from serve_app.errors import EngineUnavailable, InvalidRequest
-from serve_app.types import GenerateRequest, UpdateMode
+from serve_app.types import GenerateRequest, SleepLevel, UpdateMode
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,8 @@ class TransformersEngine:
 
     def __init__(self, args: EngineArgs) -> None:
         checkpoint = load_checkpoint(args)
+        self._args = args
+        self._options = checkpoint.options
         recorder = None
         if args.enable_return_routed_experts:
             recorder = ExpertRecorder(checkpoint.blocks)
@@ -41,6 +43,8 @@ class TransformersEngine:
         self._records = recorder is not None
         self._eos_ids = checkpoint.eos_ids
         self._decode = checkpoint.decode
+        self._sleep_level: SleepLevel | None = None
+        self._sleeping = asyncio.Lock()
         self._weights = WeightSpec(checkpoint.model)
         runner = ModelRunner(checkpoint.model, recorder)
         try:
@@ -92,18 +96,42 @@ class TransformersEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineChunk, None]:
         """Sample one rollout; see `Engine`. Raises when the iteration begins."""
-        self.check(request)
-        stream = ChunkStream()
-        rollout = self._rollout(request, stream)
-        self._steps.submit(rollout)
-        finished = False
-        try:
-            while not finished:
-                chunk = await stream.get()
-                finished = chunk.finish_reason is not None
+        async with aclosing(self._sample([request], None)) as chunks:
+            async for _, chunk in chunks:
                 yield chunk
+
+    async def generate_group(
+        self, request: GenerateRequest, n: int
+    ) -> AsyncGenerator[tuple[int, EngineChunk], None]:
+        """Sample ``n`` rollouts of one prompt; see `Engine`. Raises when the iteration begins."""
+        most = self._args.max_batch_size + self._args.max_waiting
+        if not 1 <= n <= most:
+            raise InvalidRequest(f"expected a group of 1 to {most} rollouts, got {n}")
+        members = [request.member(index) for index in range(n)]
+        async with aclosing(self._sample(members, request.request_id)) as chunks:
+            async for index, chunk in chunks:
+                yield index, chunk
+
+    async def _sample(
+        self, requests: Sequence[GenerateRequest], group: str | None
+    ) -> AsyncGenerator[tuple[int, EngineChunk], None]:
+        for request in requests:
+            self.check(request)
+        filled = asyncio.Event()
+        rollouts = [self._rollout(request, ChunkStream(filled), group) for request in requests]
+        self._steps.submit(rollouts)
+        live = dict(enumerate(rollouts))
+        try:
+            while live:
+                await filled.wait()
+                filled.clear()
+                for index, rollout in list(live.items()):
+                    if chunk := rollout.stream.take():
+                        if chunk.finish_reason is not None:
+                            del live[index]
+                        yield index, chunk
         finally:
-            if not finished:
+            for rollout in live.values():
                 self._steps.abandon(rollout)
 
     async def abort(self, request_id: str | None = None) -> int:
@@ -120,10 +148,46 @@ class TransformersEngine:
         self._weights.check(taken)
         await asyncio.wrap_future(self._steps.update(taken, version, mode))
 
+    @property
+    def sleep_level(self) -> SleepLevel | None:
+        """How deep it sleeps, None while it serves."""
+        return self._sleep_level
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Abort everything and take the weights out of the model; see `Engine`.
+
+        Level 1 keeps them in memory beside a model on a GPU; on a CPU only level 2 frees any.
+        """
+        async with self._sleeping:
+            await asyncio.wrap_future(self._steps.sleep(keep=level == 1))
+            self._sleep_level = (
+                level if self._sleep_level is None else max(self._sleep_level, level)
+            )
+
+    async def wake(
+        self, state: "Mapping[str, torch.Tensor] | None" = None, version: int = 0
+    ) -> None:
+        """Serve again; see `Engine`. Nothing happens where it serves already."""
+        async with self._sleeping:
+            if self._sleep_level is None:
+                return
+            if self._sleep_level == 2 and state is None:
+                model = await asyncio.to_thread(load_model, self._args, self._options)
+                state, version = model.state_dict(), 0
+            taken = None if state is None else dict(state)
+            if taken is not None:
+                self._weights.check(taken)
+            await asyncio.wrap_future(self._steps.wake(taken, version))
+            self._sleep_level = None
+
     def check_health(self) -> None:
-        """Raise `EngineUnavailable` once the step loop has ended, and say why."""
+        """Raise `EngineUnavailable` once the step loop has ended or is stuck, and say why."""
         if self._steps.ended is not None:
             raise EngineUnavailable(self._steps.ended)
+        if (stuck := self._steps.stuck_s) > self._options.step_timeout_s:
+            raise EngineUnavailable(
+                f"the engine's step loop is stuck: no progress for {stuck:.1f} s"
+            )
 
     async def stop(self) -> None:
         """Abort everything, end the thread and free the model. Idempotent."""
@@ -138,7 +202,7 @@ class TransformersEngine:
                     f"expected {what} in [0, {self._info.vocab_size}), got {token}"
                 )
 
-    def _rollout(self, request: GenerateRequest, stream: ChunkStream) -> Rollout:
+    def _rollout(self, request: GenerateRequest, stream: ChunkStream, group: str | None) -> Rollout:
         eos_ids = frozenset() if request.ignore_eos else self._eos_ids
         room = self._info.context_length - len(request.input_ids)
         rules = StopRules(
@@ -158,4 +222,4 @@ class TransformersEngine:
                 num_experts=self._info.num_experts,
                 capacity=len(request.input_ids) + min(rules.max_new_tokens, FIRST_NEW_ROWS) - 1,
             )
-        return Rollout(request, rules, experts, stream)
+        return Rollout(request, rules, experts, stream, group)

@@ -18,6 +18,7 @@ import torch
 
 from serve_app.engines.base import Engine, EngineChunk
 from serve_app.errors import (
+    EngineAsleep,
     EngineOverloaded,
     EngineUnavailable,
     InvalidRequest,
@@ -89,6 +90,14 @@ def request(**fields: Any) -> GenerateRequest:
 
 async def sample(engine: Engine, wanted: GenerateRequest) -> Sampled:
     return await rest(engine.generate(wanted), [])
+
+
+async def sample_group(engine: Engine, wanted: GenerateRequest, n: int) -> list[Sampled]:
+    members: list[list[EngineChunk]] = [[] for _ in range(n)]
+    async for index, chunk in engine.generate_group(wanted, n):
+        members[index].append(chunk)
+    assert all(chunks[-1].finish_reason is not None for chunks in members)
+    return [Sampled(chunks) for chunks in members]
 
 
 async def rest(generation: AsyncGenerator[EngineChunk, None], chunks: list[EngineChunk]) -> Sampled:
@@ -269,6 +278,101 @@ class EngineContract:
         greedy = await sample(engine, request())
         assert (await sample(engine, request(temperature=1.0, top_k=1))).ids == greedy.ids
         assert (await sample(engine, request(temperature=1.0, top_p=1e-9))).ids == greedy.ids
+
+    async def test_no_stop_before_the_least_number_of_tokens(self, engine: Engine) -> None:
+        plain = await sample(engine, request())
+        stop = plain.ids[0]
+        done = await sample(engine, request(stop_token_ids=(stop,), min_new_tokens=5))
+        assert stop not in done.ids[:5]
+        assert len(done.ids) >= 5
+        check_rows(done.record, PROMPT, done.ids, engine)
+
+    async def test_no_stop_string_before_the_least_number_of_tokens(self, engine: Engine) -> None:
+        plain = await sample(engine, request(max_new_tokens=64))
+        stop = visible_piece(plain.text, 0)
+        done = await sample(engine, request(max_new_tokens=64, stop=(stop,), min_new_tokens=60))
+        assert done.ids[:60] == plain.ids[:60]
+        assert done.text[:40] == plain.text[:40]
+
+    async def test_a_bias_and_penalties_decide_but_logprobs_stay_raw(self, engine: Engine) -> None:
+        plain = await sample(engine, request())
+        forced = await sample(engine, request(logit_bias={plain.ids[0]: 1000.0}))
+        assert set(forced.ids) == {plain.ids[0]}
+        assert forced.logprobs[0] == pytest.approx(plain.logprobs[0], abs=1e-4)
+        varied = await sample(engine, request(presence_penalty=1000.0))
+        assert len(set(varied.ids)) == len(varied.ids)
+        unheard = await sample(engine, request(repetition_penalty=1e9))
+        assert set(unheard.ids).isdisjoint(PROMPT)
+        check_rows(unheard.record, PROMPT, unheard.ids, engine)
+
+    async def test_min_p_of_one_is_greedy(self, engine: Engine) -> None:
+        greedy = await sample(engine, request())
+        assert (await sample(engine, request(temperature=1.0, min_p=1.0))).ids == greedy.ids
+
+    # Groups.
+
+    async def test_a_group_samples_as_its_members_alone(
+        self, make_engine: MakeEngine, reference: Reference
+    ) -> None:
+        engine = make_engine(max_batch_size=4)
+        wanted = request(temperature=1.0, seed=5, max_new_tokens=9)
+        other = asyncio.create_task(sample(engine, request(max_new_tokens=30)))
+        group = await sample_group(engine, wanted, 6)
+        for index, done in enumerate(group):
+            alone = await sample(engine, wanted.member(index))
+            assert (done.ids, done.text, done.reason) == (alone.ids, alone.text, "length")
+            check_rows(done.record, PROMPT, done.ids, engine)
+            experts, _ = reference.teacher_force([*PROMPT, *done.ids][:-1])
+            assert agreement(done.record, experts) >= self.min_agreement
+        assert len({tuple(done.ids) for done in group}) > 1
+        assert (await other).reason == "length"
+
+    async def test_a_group_ends_as_a_whole_or_one_by_one(self, make_engine: MakeEngine) -> None:
+        engine = make_engine(max_batch_size=2)
+        wanted = request(request_id="g", max_new_tokens=LONG)
+        group = engine.generate_group(wanted, 4)
+        chunks = [await anext(group)]
+        assert await engine.abort("g-1") == 1
+        assert await engine.abort("g-3") == 1
+        assert await engine.abort("g") == 2
+        chunks += [chunk async for chunk in group]
+        ends = [index for index, chunk in chunks if chunk.finish_reason == "abort"]
+        assert sorted(ends) == [0, 1, 2, 3]
+        closed = engine.generate_group(wanted, 4)
+        await anext(closed)
+        await closed.aclose()
+        assert (await sample(engine, request())).reason == "length"
+        assert await engine.abort() == 0
+
+    async def test_a_group_that_can_never_run_is_refused(self, make_engine: MakeEngine) -> None:
+        engine = make_engine(max_batch_size=2, max_waiting=1)
+        with pytest.raises(InvalidRequest, match="1 to 3 rollouts, got 4"):
+            await sample_group(engine, request(), 4)
+        with pytest.raises(InvalidRequest, match="seed in "):
+            await sample_group(engine, request(seed=2**64 - 2), 3)
+        run = await Started(engine, request(max_new_tokens=LONG)).first()
+        with pytest.raises(EngineOverloaded, match="there are 1, and 3 came"):
+            await sample_group(engine, request(), 3)
+        await engine.abort()
+        await run.rest()
+        assert len(await sample_group(engine, request(), 3)) == 3
+
+    # Long prompts.
+
+    async def test_long_prompts_among_short_ones_have_the_same_rows(
+        self, make_engine: MakeEngine, reference: Reference
+    ) -> None:
+        engine = make_engine(max_batch_size=3)
+        long = [
+            request(input_ids=[(7 * i + k) % 250 + 3 for i in range(length)], max_new_tokens=6)
+            for k, length in enumerate((1300, 512, 513, 1024))
+        ]
+        wanted = [*long, *mixed_requests(6)]
+        done = await asyncio.gather(*(sample(engine, one) for one in wanted))
+        for one, rollout in zip(wanted, done, strict=True):
+            check_rows(rollout.record, one.input_ids, rollout.ids, engine)
+            experts, _ = reference.teacher_force([*one.input_ids, *rollout.ids][:-1])
+            assert agreement(rollout.record, experts) >= self.min_agreement
 
     # Aborts.
 
@@ -451,6 +555,58 @@ class EngineContract:
         assert engine.weight_version != 9
         assert (await sample(engine, request())).ids == before.ids
 
+    # Sleep.
+
+    async def test_asleep_it_refuses_and_awake_it_is_as_before(
+        self, make_engine: MakeEngine, reference: Reference
+    ) -> None:
+        engine = make_engine(max_batch_size=1)
+        before = await sample(engine, request())
+        for level in (1, 2):
+            run = await Started(engine, request(max_new_tokens=LONG)).first()
+            waiting = await submitted(engine, request())
+            await engine.sleep(level)
+            assert engine.sleep_level == level
+            done = await run.rest()
+            assert done.reason == "abort"
+            check_rows(done.record, PROMPT, done.ids, engine)
+            assert (await waiting).reason == "abort"
+            with pytest.raises(EngineAsleep, match="wake"):
+                await sample(engine, request())
+            with pytest.raises(EngineAsleep, match="wake"):
+                await engine.update_weights(reference.weights(), 3, "abort")
+            engine.check_health()
+            assert await engine.abort() == 0
+            await engine.wake()
+            assert engine.sleep_level is None
+            assert (await sample(engine, request())).ids == before.ids
+        await engine.wake()
+        assert engine.weight_version == 0
+
+    async def test_sleep_deepens_and_weights_may_come_with_waking(
+        self, make_engine: MakeEngine, reference: Reference
+    ) -> None:
+        engine = make_engine()
+        before = await sample(engine, request())
+        other = {name: tensor * 0.5 for name, tensor in reference.weights().items()}
+        await engine.sleep(1)
+        await engine.sleep(2)
+        await engine.sleep(1)
+        assert engine.sleep_level == 2
+        with pytest.raises(WeightsMismatch, match="unknown: more"):
+            await engine.wake({**other, "more": torch.zeros(1)}, 4)
+        assert engine.sleep_level == 2
+        await engine.wake(other, 4)
+        new = await sample(engine, request())
+        assert (engine.weight_version, new.ids == before.ids) == (4, False)
+        check_rows(new.record, PROMPT, new.ids, engine)
+        await engine.sleep(1)
+        await engine.wake()
+        assert (engine.weight_version, (await sample(engine, request())).ids) == (4, new.ids)
+        await engine.sleep(2)
+        await engine.wake()
+        assert (engine.weight_version, (await sample(engine, request())).ids) == (0, before.ids)
+
     # Refusals.
 
     @pytest.mark.parametrize(
@@ -459,6 +615,7 @@ class EngineContract:
             ({"input_ids": [1, 100_000]}, r"input_ids in \[0, \d+\), got 100000"),
             ({"input_ids": [1, -1]}, r"input_ids in \[0, \d+\), got -1"),
             ({"input_ids": [5] * 2048}, "at most 2047 prompt tokens.* 2048, got 2048"),
+            ({"logit_bias": {100_000: 1.0}}, r"logit_bias in \[0, \d+\), got 100000"),
             ({"stop_token_ids": (100_000,)}, r"stop_token_ids in \[0, \d+\), got 100000"),
             ({"stop": ("",)}, "stop strings that are not empty"),
             ({"seed": 2**64}, "seed in .*, got 18446744073709551616"),
