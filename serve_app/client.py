@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from serve_app.continuing import continued
 from serve_app.errors import R3Error
 from serve_app.reading import Reader
 from serve_app.records import Record, make_record
@@ -24,6 +25,7 @@ from serve_app.types import (
     OnMissing,
     OutputDtype,
     RoutedSequence,
+    SleepLevel,
     StoreStats,
     UpdateMode,
     WeightsResult,
@@ -84,6 +86,19 @@ class RoutedExpertsClient:
                 results.append(failed(request, error))
         return results
 
+    def generate_group(
+        self, request: GenerateRequest, n: int, *, timeout_s: float | None = None
+    ) -> list[GenerateResult]:
+        """Sample ``n`` rollouts of one prompt on one replica, as ``request.member(i)`` each.
+
+        The prompt is processed once, and its rows are stored once. Raises as `generate` does.
+        """
+        results: list[GenerateResult] = wait_answer(
+            self._graph.engine.generate_group.remote(request, n),
+            timeout_s or self._generate_timeout_s,
+        )
+        return results
+
     def stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> Iterator[GenerateChunk]:
@@ -105,6 +120,19 @@ class RoutedExpertsClient:
         """
         return self._graph.update_weights(state, version, mode)
 
+    def sleep(self, level: SleepLevel = 1) -> None:
+        """Abort what runs and free the weights' device memory, on every replica.
+
+        Level 2 forgets the weights. Until `wake`, requests end with `EngineAsleep`.
+        """
+        if level not in (1, 2):
+            raise ValueError(f"expected sleep level 1 or 2, got {level!r}")
+        self._graph.broadcast("sleep", level)
+
+    def wake(self) -> None:
+        """Serve again on every replica; forgotten weights are the newest of `update_weights`."""
+        self._graph.broadcast("wake")
+
     def put(
         self,
         ids: npt.ArrayLike,
@@ -114,12 +142,15 @@ class RoutedExpertsClient:
         moe_layers: Sequence[int] | None = None,
         weight_version: int = 0,
         tokens: Sequence[int] | None = None,
+        parent: str | None = None,
         tag: str | None = None,
         lease_s: float | None = None,
     ) -> str:
         """Store routes ``[rows, layers, top_k]`` of an engine outside the graph; return the key.
 
-        See `serve_app.records.make_record` for the arguments and what is refused.
+        With ``parent``, the key of an earlier part, the new key reads as the whole sequence,
+        and rows that the parent has are not stored again if it lives on this node. See
+        `serve_app.records.make_record` for the other arguments and what is refused.
         """
         record = make_record(
             ids,
@@ -129,7 +160,9 @@ class RoutedExpertsClient:
             weight_version=weight_version,
             tokens=tokens,
         )
-        return self._graph.store.put(record, tag=tag, lease_s=lease_s)
+        if parent is not None:
+            record, parent = continued(self._graph.store, record, parent)
+        return self._graph.store.put(record, tag=tag, lease_s=lease_s, parent=parent)
 
     def get(self, key: str) -> Record:
         """Return a key's whole sequence; ``ids`` is read-only and, where possible, zero-copy."""
@@ -216,6 +249,16 @@ class AsyncRoutedExpertsClient:
 
         return list(await asyncio.gather(*map(one, requests)))
 
+    async def generate_group(
+        self, request: GenerateRequest, n: int, *, timeout_s: float | None = None
+    ) -> list[GenerateResult]:
+        """See `RoutedExpertsClient.generate_group`."""
+        engine = await self._graph.engine_async()
+        results: list[GenerateResult] = await await_answer(
+            engine.generate_group.remote(request, n), timeout_s or self._generate_timeout_s
+        )
+        return results
+
     async def stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> AsyncIterator[GenerateChunk]:
@@ -232,6 +275,14 @@ class AsyncRoutedExpertsClient:
     ) -> list[WeightsResult]:
         """See `RoutedExpertsClient.update_weights`."""
         return await asyncio.to_thread(self._sync.update_weights, state, version=version, mode=mode)
+
+    async def sleep(self, level: SleepLevel = 1) -> None:
+        """See `RoutedExpertsClient.sleep`."""
+        await asyncio.to_thread(self._sync.sleep, level)
+
+    async def wake(self) -> None:
+        """See `RoutedExpertsClient.wake`."""
+        await asyncio.to_thread(self._sync.wake)
 
     async def put(self, ids: npt.ArrayLike, **how: Any) -> str:
         """See `RoutedExpertsClient.put`."""

@@ -137,6 +137,13 @@ class RolloutArgs(_Args):
     ingress: IngressArgs = IngressArgs()
 
 
+class StoreGraphArgs(_Args):
+    """What `graphs.store:build` takes."""
+
+    store: StoreArgs = StoreArgs()
+    decoder: DecoderArgs = DecoderArgs()
+
+
 def read_args(config: Path) -> dict[str, Any]:
     """Return the builder's arguments of the first application in a Serve config file."""
     args: dict[str, Any] = yaml.safe_load(config.read_text())["applications"][0]["args"]

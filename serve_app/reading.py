@@ -9,11 +9,10 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
-from serve_app.assemble.layout import fill
-from serve_app.assemble.stitch import stitch
+from serve_app.continuing import joined
 from serve_app.errors import DecoderUnavailable, EngineUnavailable
 from serve_app.materialize import materialize
-from serve_app.records import Record, make_record
+from serve_app.records import Record
 from serve_app.served import ServedGraph, wait_answer
 from serve_app.store.client import ShardStore
 from serve_app.store.keys import shorten
@@ -41,7 +40,7 @@ class Reader:
         (found,) = self._graph.store.fetch([key])
         if not isinstance(found, list):
             raise type(found)(f"key {shorten(key)}: {found}")
-        return found[0] if len(found) == 1 else _joined(found)
+        return found[0] if len(found) == 1 else joined(found)
 
     def materialize(
         self,
@@ -94,25 +93,6 @@ class Reader:
         except (ObjectLostError, GetTimeoutError) as error:
             raise DecoderUnavailable(f"the decoder's answer was lost: {error}") from None
         return cast("PackedExperts", answer)
-
-
-def _joined(segments: Sequence[Record]) -> Record:
-    """Copy a chain of records into one; its version is the newest segment's."""
-    first, last = segments[0].meta, segments[-1].meta
-    rows = max(segment.meta.stop for segment in segments) - first.start
-    ids = np.zeros((rows, first.layers, first.top_k), first.dtype)
-    valid = np.zeros(rows, dtype=np.bool_)
-    fill(ids, valid, segments, stitch(segments, first.start, rows))
-    joined = make_record(
-        ids,
-        num_experts=first.num_experts,
-        start=first.start,
-        moe_layers=first.moe_layers,
-        weight_version=last.weight_version,
-        valid=valid,
-    )
-    joined.ids.flags.writeable = False
-    return joined
 
 
 def _copied(packed: PackedExperts, target: npt.NDArray[Any]) -> PackedExperts:

@@ -125,13 +125,22 @@ def open_shard(app: str, settings: Settings) -> ActorHandle[Any]:
 
 def list_shards(app: str) -> list[str]:
     """Return the ids of the application's shards that have a name now."""
+    return sorted(name for name in _names(app) if _SHARD_ID.fullmatch(name))
+
+
+def list_actors(app: str) -> list[ActorHandle[Any]]:
+    """Return the application's detached actors: shards, directory and whatever else it has."""
+    found = (find_shard(app, name) for name in _names(app))
+    return [actor for actor in found if actor is not None]
+
+
+def _names(app: str) -> list[str]:
     prefix = shard_name(app, "")
-    names = [
+    return [
         actor["name"].removeprefix(prefix)
         for actor in list_named_actors(all_namespaces=True)
         if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)
     ]
-    return sorted(name for name in names if _SHARD_ID.fullmatch(name))
 
 
 def find_shard(app: str, shard: str) -> ActorHandle[Any] | None:

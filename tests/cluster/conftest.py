@@ -16,7 +16,7 @@ from graphs.rollout import build
 from serve_app import RoutedExpertsClient
 from serve_app.config import RolloutArgs, StoreArgs
 from serve_app.store.client import ShardStore, connect
-from serve_app.store.directory import find_directory, find_shard, list_shards, open_directory
+from serve_app.store.directory import list_actors, open_directory
 from tests.store_contract import MakeStore
 
 APP = "rollout"
@@ -86,6 +86,5 @@ def make_store(cluster: Cluster) -> Iterator[MakeStore]:
 
     yield make
     for app in made:
-        actors = [find_directory(app), *(find_shard(app, shard) for shard in list_shards(app))]
-        for actor in filter(None, actors):
+        for actor in list_actors(app):
             ray.kill(actor)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve_app.config import EngineArgs, RolloutArgs
+from serve_app.config import EngineArgs, RolloutArgs, StoreGraphArgs
 
 GRAPHS = Path(__file__).parents[2] / "graphs"
 
@@ -60,8 +60,11 @@ def test_shipped_configs_have_no_key_that_serve_or_we_would_ignore(
     assert set(config) <= set(ServeDeploySchema.model_fields)
     for application, parsed in zip(config["applications"], schema.applications, strict=True):
         assert set(application) <= set(type(parsed).model_fields)
-        application["args"]["engine"]["model"] = str(tiny_checkpoint)
-        RolloutArgs.model_validate(application["args"])
+        args = application["args"]
+        if "engine" in args:
+            args["engine"]["model"] = str(tiny_checkpoint)
+        model = RolloutArgs if "engine" in args else StoreGraphArgs
+        assert model.model_validate(args).model_fields_set == set(args)
 
 
 def test_the_shipped_graph_fits_two_cpus_at_its_largest(tiny_checkpoint: Path) -> None:
