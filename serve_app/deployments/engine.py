@@ -2,30 +2,31 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 import ray
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import EngineArgs, StoreArgs
+from serve_app.deployments.answer import Answer, Routes
 from serve_app.deployments.context import application, connect_store, replica_id
+from serve_app.deployments.routes import Earlier, RouteKeys, head
 from serve_app.deployments.store import ExpertStore
-from serve_app.engines.base import Engine, EngineChunk, ModelInfo
+from serve_app.engines.base import Engine, ModelInfo
 from serve_app.engines.loading import load_engine
-from serve_app.errors import R3Error
-from serve_app.records import Record
+from serve_app.errors import InvalidRequest, R3Error
 from serve_app.store.base import RecordStore
 from serve_app.types import (
     FinishReason,
     GenerateChunk,
     GenerateRequest,
     GenerateResult,
+    SleepLevel,
     UpdateMode,
     WeightsResult,
 )
-from serve_app.weights import Published, newest_weights, unpack
+from serve_app.weights import Newest, Published, newest_weights, unpack
 
 
 class InferenceEngine:
@@ -38,7 +39,7 @@ class InferenceEngine:
         self._store_args = store_args
         self._supervisor = store
         self._engine: Engine = load_engine(args)
-        self._store: RecordStore | None = None
+        self._keys = RouteKeys(self._connect)
         self._starting = asyncio.Lock()
         self._started = False
 
@@ -52,33 +53,27 @@ class InferenceEngine:
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
         """Sample one rollout; the last chunk carries the whole result."""
-        await self._start()
-        self._engine.check(request)
-        output_ids: list[int] = []
-        logprobs: list[float] = []
-        text: list[str] = []
+        earlier = await self._prepare(request)
+        answer, result = Answer(request), None
         async with aclosing(self._engine.generate(request)) as chunks:
             async for chunk in chunks:
-                output_ids += chunk.token_ids
-                logprobs += chunk.logprobs
-                text.append(chunk.text)
-                result = None
+                answer.add(chunk)
                 if chunk.finish_reason is not None:
-                    routes = await self._hand_out(request, chunk)
-                    result = GenerateResult(
-                        request_id=request.request_id,
-                        output_ids=output_ids,
-                        logprobs=logprobs,
-                        text="".join(text),
-                        finish_reason=chunk.finish_reason,
-                        prompt_tokens=len(request.input_ids),
-                        weight_version=chunk.weight_version,
-                        error=chunk.error,
-                        **routes,
-                    )
+                    result = answer.result(await self._hand_out(answer, earlier))
                 yield GenerateChunk(
                     request.request_id, chunk.token_ids, chunk.logprobs, chunk.text, result
                 )
+
+    async def generate_group(self, request: GenerateRequest, n: int) -> list[GenerateResult]:
+        """Sample ``n`` rollouts of one prompt; it is processed and its rows are stored once."""
+        earlier = await self._prepare(request)
+        found: dict[int, Answer] = {}
+        async with aclosing(self._engine.generate_group(request, n)) as chunks:
+            async for index, chunk in chunks:
+                found.setdefault(index, Answer(request.member(index))).add(chunk)
+        answers = [found[index] for index in range(n)]
+        routes = await self._hand_out_group(request, answers, earlier)
+        return [answer.result(one) for answer, one in zip(answers, routes, strict=True)]
 
     async def abort(self, request_id: str | None = None) -> int:
         """Abort one request, or all; return how many were under way here."""
@@ -90,6 +85,18 @@ class InferenceEngine:
         """Serve other weights from now on; the old ones stay if these do not fit."""
         await self._start()
         return await self._load(weights, version, mode)
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Abort what runs and take the weights off the device; level 2 forgets them."""
+        await self._engine.sleep(level)
+
+    async def wake(self) -> None:
+        """Serve again; weights that were forgotten are the newest ones, else the checkpoint's."""
+        if self._engine.sleep_level == 2 and (newest := await _newest()):
+            state = await asyncio.to_thread(unpack, newest.weights)
+            await self._engine.wake(state, newest.version)
+        else:
+            await self._engine.wake()
 
     async def weight_version(self) -> tuple[str, int]:
         """Return this replica's name and the version that it samples with."""
@@ -111,7 +118,7 @@ class InferenceEngine:
         async with self._starting:
             if self._started:
                 return
-            if ray.is_initialized() and (newest := await newest_weights(application())):
+            if newest := await _newest():
                 await self._load(newest.weights, newest.version, "drain")
             self._started = True
 
@@ -121,42 +128,86 @@ class InferenceEngine:
         await self._engine.update_weights(state, version, mode)
         return WeightsResult(replica_id(), version, time.monotonic() - begun)
 
-    async def _hand_out(self, request: GenerateRequest, last: EngineChunk) -> dict[str, Any]:
-        """Turn the last chunk's record into the answer's key or array, or say why there is none."""
-        if not request.return_routed_experts:
-            return {}
-        if not self._args.enable_return_routed_experts:
-            return {
-                "routed_experts_error": "enable_return_routed_experts is off in this engine's"
-                " configuration, so it records no experts"
-            }
-        if last.record is None:
-            return {"routed_experts_error": _why_none(last.finish_reason)}
-        rows = last.record.meta.rows
+    async def _prepare(self, request: GenerateRequest) -> Earlier | None:
+        """Check a request before anything is sampled; return the rows that it continues."""
+        await self._start()
+        self._engine.check(request)
+        if request.continue_from is None:
+            return None
         if not self._args.enable_transfer_obj_ref:
-            return {"routed_experts": last.record.ids, "num_routed_tokens": rows}
+            raise InvalidRequest(
+                "continue_from takes and makes keys, but enable_transfer_obj_ref is off in this"
+                " engine's configuration"
+            )
+        return await self._keys.earlier(request.continue_from, request.input_ids, self._engine.info)
+
+    async def _hand_out(self, answer: Answer, earlier: Earlier | None) -> Routes:
+        """Turn a finished rollout's record into a key or an array, or say why there is none."""
+        assert answer.last is not None
+        record = answer.last.record
+        if not answer.request.return_routed_experts:
+            return Routes()
+        if not self._args.enable_return_routed_experts:
+            return Routes(
+                error="enable_return_routed_experts is off in this engine's configuration, so it"
+                " records no experts"
+            )
+        if record is None:
+            return Routes(error=_why_none(answer.last.finish_reason))
+        if not self._args.enable_transfer_obj_ref:
+            return Routes(record.ids, record.meta.rows)
         try:
-            key = await self._put(request, last.record)
+            key = await self._keys.put(answer.request, record, answer.tokens, earlier)
         except R3Error as error:
-            return {"routed_experts_error": f"{type(error).__name__}: {error}"}
-        return {"routed_experts": key, "num_routed_tokens": rows}
+            return _no_key(error)
+        return Routes(key, max(record.meta.stop, earlier.rows if earlier else 0))
 
-    async def _put(self, request: GenerateRequest, record: Record) -> str:
-        if self._store is None:
-            self._store = await connect_store(self._store_args, self._supervisor)
-        put = asyncio.ensure_future(
-            self._store.aput(record, tag=request.tag, lease_s=request.lease_s)
-        )
+    async def _hand_out_group(
+        self, request: GenerateRequest, answers: Sequence[Answer], earlier: Earlier | None
+    ) -> list[Routes]:
+        """Put the prompt's rows once, as the parent of those of all who have them whole."""
+        rows = len(request.input_ids)
+        whole = [
+            answer.last.record
+            for answer in answers
+            if answer.last and answer.last.record and answer.last.record.meta.rows >= rows
+        ]
+        if len(whole) < 2 or not self._args.enable_transfer_obj_ref:
+            return await self._hand_out_each(answers, earlier, earlier, rows)
+        prompt = await asyncio.to_thread(head, whole[0], rows, request.input_ids)
         try:
-            return await asyncio.shield(put)
-        except asyncio.CancelledError:
-            put.add_done_callback(self._release_unread)
-            raise
+            async with self._keys.shared_rows(
+                request, prompt, request.input_ids, earlier
+            ) as shared:
+                return await self._hand_out_each(answers, earlier, shared, rows)
+        except R3Error as error:
+            return [_no_key(error) for _ in answers]
 
-    def _release_unread(self, put: "asyncio.Future[str]") -> None:
-        """Free a record whose client went away while it was being put."""
-        if not put.cancelled() and put.exception() is None and self._store is not None:
-            asyncio.get_running_loop().run_in_executor(None, self._store.release, [put.result()])
+    async def _hand_out_each(
+        self,
+        answers: Sequence[Answer],
+        earlier: Earlier | None,
+        shared: Earlier | None,
+        rows: int,
+    ) -> list[Routes]:
+        """Hand out all; a record without the whole prompt does not build on the shared rows."""
+
+        def base(answer: Answer) -> Earlier | None:
+            record = answer.last.record if answer.last else None
+            return shared if record is not None and record.meta.rows >= rows else earlier
+
+        return await asyncio.gather(*(self._hand_out(answer, base(answer)) for answer in answers))
+
+    async def _connect(self) -> RecordStore:
+        return await connect_store(self._store_args, self._supervisor)
+
+
+async def _newest() -> Newest | None:
+    return await newest_weights(application()) if ray.is_initialized() else None
+
+
+def _no_key(error: R3Error) -> Routes:
+    return Routes(error=f"{type(error).__name__}: {error}")
 
 
 def _why_none(finish_reason: FinishReason | None) -> str:

@@ -1,0 +1,177 @@
+"""Records of finished rollouts on their way into the store: keys, and what they continue."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from serve_app.continuing import covered
+from serve_app.engines.base import ModelInfo
+from serve_app.errors import PrefixMismatch, RecordError
+from serve_app.records import Record, RecordMeta, hash_tokens, make_record
+from serve_app.store.base import RecordStore
+from serve_app.store.keys import shorten
+from serve_app.types import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """Rows that a rollout need not store: the first ``rows`` of its sequence, under ``key``."""
+
+    key: str
+    rows: int
+
+
+class RouteKeys:
+    """Turns one replica's records into keys. The store is found when it is first needed."""
+
+    def __init__(self, connect: Callable[[], Awaitable[RecordStore]]) -> None:
+        self._connect = connect
+        self._connecting = asyncio.Lock()
+        self._store: RecordStore | None = None
+
+    async def earlier(self, key: str, tokens: Sequence[int], info: ModelInfo) -> Earlier:
+        """Return what ``key`` has of a sequence that begins with ``tokens``.
+
+        Raises why the key cannot be read, `PrefixMismatch` where it was captured on other tokens,
+        and `RecordError` where it is of another model.
+        """
+        store = await self._found()
+        (chain,) = await asyncio.to_thread(store.describe, [key])
+        if not isinstance(chain, list):
+            raise type(chain)(f"continue_from {shorten(key)}: {chain}")
+        for meta in chain:
+            _check_model(meta, info, key)
+            _check_tokens(meta, tokens, key)
+        return Earlier(key, covered(chain))
+
+    async def put(
+        self,
+        request: GenerateRequest,
+        record: Record,
+        tokens: Sequence[int],
+        earlier: Earlier | None,
+    ) -> str:
+        """Store the rows of ``record`` that are new; the key reads as the whole sequence.
+
+        ``tokens`` are those of the whole sequence. If the caller is cancelled, what was put by
+        then is released: nobody will ever know its key.
+        """
+        put = asyncio.ensure_future(self._put(request, record, tokens, earlier))
+        try:
+            return await asyncio.shield(put)
+        except asyncio.CancelledError:
+            put.add_done_callback(self._release_unread)
+            raise
+
+    @asynccontextmanager
+    async def shared_rows(
+        self,
+        request: GenerateRequest,
+        record: Record,
+        tokens: Sequence[int],
+        earlier: Earlier | None,
+    ) -> AsyncIterator[Earlier]:
+        """Put the rows that several rollouts have in common; theirs keep them alive afterwards."""
+        key = await self.put(request.model_copy(update={"tag": None}), record, tokens, earlier)
+        try:
+            yield Earlier(key, record.meta.stop)
+        finally:
+            await asyncio.to_thread((await self._found()).release, [key])
+
+    async def _put(
+        self,
+        request: GenerateRequest,
+        record: Record,
+        tokens: Sequence[int],
+        earlier: Earlier | None,
+    ) -> str:
+        store, near = await self._found(), list[str]()
+        parent = None
+        if earlier is not None:
+            if not store.is_local(earlier.key):
+                near = await self._copied(earlier.key, request.lease_s)
+            parent = near[-1] if near else earlier.key
+            record = await asyncio.to_thread(cut, record, earlier.rows, tokens)
+        try:
+            return await store.aput(record, tag=request.tag, lease_s=request.lease_s, parent=parent)
+        finally:
+            if near:
+                await asyncio.to_thread(store.release, near)
+
+    async def _copied(self, key: str, lease_s: float | None) -> list[str]:
+        """Copy a chain to this node, each part with its own version; return the copies' keys."""
+        store = await self._found()
+        (segments,) = await asyncio.to_thread(store.fetch, [key])
+        if not isinstance(segments, list):
+            raise type(segments)(f"continue_from {shorten(key)}: {segments}")
+        keys: list[str] = []
+        for segment in segments:
+            parent = keys[-1] if keys else None
+            keys.append(await store.aput(segment, lease_s=lease_s, parent=parent))
+        return keys
+
+    async def _found(self) -> RecordStore:
+        async with self._connecting:
+            if self._store is None:
+                self._store = await self._connect()
+            return self._store
+
+    def _release_unread(self, put: "asyncio.Future[str]") -> None:
+        if not put.cancelled() and put.exception() is None and self._store is not None:
+            asyncio.get_running_loop().run_in_executor(None, self._store.release, [put.result()])
+
+
+def cut(record: Record, first: int, tokens: Sequence[int]) -> Record:
+    """Leave out rows before sequence position ``first``; the last row stays in any case.
+
+    A record is never empty, and of a row that two records have the earlier capture is read.
+    """
+    skipped = min(first - record.start, record.meta.rows - 1)
+    if skipped <= 0:
+        return record
+    start = record.start + skipped
+    return make_record(
+        record.ids[skipped:],
+        num_experts=record.num_experts,
+        start=start,
+        moe_layers=record.moe_layers,
+        weight_version=record.weight_version,
+        tokens=tokens[start : record.meta.stop],
+        valid=record.valid[skipped:] if record.meta.invalid else None,
+    )
+
+
+def head(record: Record, rows: int, tokens: Sequence[int]) -> Record:
+    """Return the first rows of a record that begins its sequence."""
+    return make_record(
+        record.ids[:rows],
+        num_experts=record.num_experts,
+        moe_layers=record.moe_layers,
+        weight_version=record.weight_version,
+        tokens=tokens[:rows],
+        valid=record.valid[:rows] if record.meta.invalid else None,
+    )
+
+
+def _check_model(meta: RecordMeta, info: ModelInfo, key: str) -> None:
+    expected = (info.layers, info.top_k, info.num_experts, info.moe_layers)
+    found = (meta.layers, meta.top_k, meta.num_experts, meta.moe_layers)
+    if found != expected:
+        raise RecordError(
+            f"continue_from {shorten(key)}: expected (layers, top_k, experts, MoE layers)"
+            f" {expected} as this model has, got {found}"
+        )
+
+
+def _check_tokens(meta: RecordMeta, tokens: Sequence[int], key: str) -> None:
+    where = f"continue_from {shorten(key)}, rows {meta.start} to {meta.stop - 1}"
+    if meta.token_hash is None:
+        raise PrefixMismatch(f"{where}: expected a token hash to check, it was put without tokens")
+    if meta.stop > len(tokens):
+        raise PrefixMismatch(f"{where}: expected at least {meta.stop} tokens, got {len(tokens)}")
+    if (found := hash_tokens(tokens[meta.start : meta.stop])) != meta.token_hash:
+        raise PrefixMismatch(
+            f"{where}: expected the tokens that it was captured on, with hash"
+            f" {meta.token_hash:016x}, got others, with hash {found:016x}"
+        )

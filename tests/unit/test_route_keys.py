@@ -1,0 +1,104 @@
+"""What of a rollout's record is stored, and under which parent."""
+
+import numpy as np
+import pytest
+
+from serve_app.config import StoreArgs
+from serve_app.deployments.routes import Earlier, RouteKeys, cut, head
+from serve_app.errors import KeyReleased
+from serve_app.records import Record, hash_tokens, make_record
+from serve_app.store.base import RecordStore
+from serve_app.store.memory import MemoryStore
+from serve_app.types import GenerateRequest
+
+TOKENS = list(range(100, 115))
+
+
+class FarStore(MemoryStore):
+    """A store whose every record lies on another node."""
+
+    def is_local(self, key: str) -> bool:
+        return False
+
+
+def record(rows: int, version: int = 0) -> Record:
+    ids = np.random.default_rng(version).integers(8, size=(rows, 2, 2), dtype=np.uint8)
+    return make_record(ids, num_experts=8, tokens=TOKENS[:rows], weight_version=version)
+
+
+def keys_of(store: RecordStore) -> RouteKeys:
+    async def connect() -> RecordStore:
+        return store
+
+    return RouteKeys(connect)
+
+
+def request() -> GenerateRequest:
+    return GenerateRequest(input_ids=[1], return_routed_experts=True, tag="mine")
+
+
+@pytest.mark.parametrize("kind", [MemoryStore, FarStore])
+async def test_parts_keep_their_versions_near_and_far(kind: type[MemoryStore]) -> None:
+    store = kind("app", StoreArgs(backend="memory"))
+    keys = keys_of(store)
+    first = await keys.put(request(), record(9), TOKENS, None)
+    second = await keys.put(request(), record(12, version=1), TOKENS, Earlier(first, 9))
+    third = await keys.put(request(), record(15, version=2), TOKENS, Earlier(second, 12))
+    assert store.stats().live_keys == 3
+    (chain,) = store.describe([third])
+    assert isinstance(chain, list)
+    assert [(part.start, part.stop, part.weight_version) for part in chain] == [
+        (0, 9, 0),
+        (9, 12, 1),
+        (12, 15, 2),
+    ]
+    assert [part.token_hash for part in chain] == [
+        hash_tokens(TOKENS[part.start : part.stop]) for part in chain
+    ]
+    (before,) = store.fetch([first])
+    assert isinstance(before, list)
+    np.testing.assert_array_equal(before[0].ids, record(9).ids)
+    store.release([first, second])
+    (parts,) = store.fetch([third])
+    assert isinstance(parts, list)
+    np.testing.assert_array_equal(parts[0].ids, record(9).ids)
+    assert store.release(tag="mine") == 1
+    assert (store.stats().live_keys, store.stats().live_bytes) == (0, 0)
+
+
+async def test_a_parent_released_meanwhile_is_said() -> None:
+    store = MemoryStore("app", StoreArgs(backend="memory"))
+    keys = keys_of(store)
+    first = await keys.put(request(), record(9), TOKENS, None)
+    store.release([first])
+    with pytest.raises(KeyReleased):
+        await keys.put(request(), record(12), TOKENS, Earlier(first, 9))
+    assert store.stats().live_bytes == 0
+
+
+async def test_shared_rows_live_as_long_as_a_member() -> None:
+    store = MemoryStore("app", StoreArgs(backend="memory"))
+    keys = keys_of(store)
+    whole = record(12)
+    async with keys.shared_rows(request(), head(whole, 9, TOKENS), TOKENS[:9], None) as shared:
+        members = [await keys.put(request(), whole, TOKENS, shared) for _ in range(3)]
+    assert (store.stats().live_keys, store.stats().live_bytes) == (3, (9 + 3 * 3) * 4)
+    store.release(members[:2])
+    assert store.stats().live_bytes == (9 + 3) * 4
+    store.release(members[2:])
+    assert store.stats().live_bytes == 0
+
+
+@pytest.mark.parametrize(("first", "start"), [(0, 0), (5, 5), (11, 11), (12, 11), (99, 11)])
+def test_a_cut_record_is_never_empty(first: int, start: int) -> None:
+    part = cut(record(12), first, TOKENS)
+    assert (part.start, part.meta.stop) == (start, 12)
+    assert part.meta.token_hash == hash_tokens(TOKENS[start:12])
+    np.testing.assert_array_equal(part.ids, record(12).ids[start:])
+
+
+def test_rows_that_mean_nothing_stay_marked() -> None:
+    valid = np.array([True, False, True, False])
+    marked = make_record(np.zeros((4, 1, 1), np.uint8), num_experts=2, valid=valid)
+    assert cut(marked, 1, [1, 2, 3, 4]).valid.tolist() == [False, True, False]
+    assert head(marked, 3, [1, 2, 3, 4]).valid.tolist() == [True, False, True]
