@@ -11,10 +11,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs
+from serve_app.engines.batch import PIECE
 from serve_app.engines.moe import find_moe_blocks
 from serve_app.engines.recording import ExpertRecorder
 from serve_app.engines.transformers import TransformersEngine
-from tests.unit.engine_contract import agreement, check_rows, mixed_requests, request, sample
+from serve_app.errors import EngineError
+from serve_app.types import GenerateRequest
+from tests.families import FAMILIES as ALL_FAMILIES
+from tests.families import PACKABLE, UNRECORDABLE, VOCAB, tiny
+from tests.unit.engine_contract import (
+    Sampled,
+    agreement,
+    check_rows,
+    mixed_requests,
+    request,
+    sample,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -83,7 +95,7 @@ def load(path: Path, **fields: Any) -> TransformersEngine:
 
 
 @torch.inference_mode()
-async def check_against_teacher_forcing(path: Path, wanted: list[Any]) -> None:
+async def check_against_teacher_forcing(path: Path, wanted: list[Any]) -> list[Sampled]:
     engine = load(path)
     done = await asyncio.gather(*(sample(engine, one) for one in wanted))
     model = AutoModelForCausalLM.from_pretrained(
@@ -96,6 +108,7 @@ async def check_against_teacher_forcing(path: Path, wanted: list[Any]) -> None:
             model(input_ids=torch.tensor([[*one.input_ids, *rollout.ids][:-1]]))
         assert agreement(rollout.record, captured.ids()) == 1.0
     await engine.stop()
+    return done
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -111,15 +124,70 @@ async def test_a_long_prompt_is_processed_in_pieces(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_with_another_kind_of_state_is_refused_by_name(tmp_path: Path) -> None:
-    fields = {
-        "num_experts": 8,
-        "num_hidden_layers": 4,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "shared_expert_intermediate_size": 32,
-    }
-    with pytest.raises(ValueError, match=r"qwen3_next: .* got linear_attention"):
-        load(write(tmp_path, "qwen3_next", fields))
+SLIDING: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (family, {**fields, "max_position_embeddings": 2048})
+    for name, (family, fields) in FAMILIES.items()
+    if "sliding_window" in fields
+}
+
+
+@pytest.mark.parametrize("name", SLIDING)
+async def test_a_window_slides_over_pieces(tmp_path: Path, name: str) -> None:
+    prompt = [(7 * i) % 250 + 3 for i in range(PIECE + 300)]
+    await check_against_teacher_forcing(
+        write(tmp_path, *SLIDING[name]),
+        [request(input_ids=prompt, max_new_tokens=8), request(max_new_tokens=20)],
+    )
+
+
+# Every family of transformers, tiny.
+
+SERVED = sorted({*PACKABLE, "afmoe", "gpt_oss", "phimoe"} - {"axk2"})
+REFUSED = {
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), "got indexed_attention"),
+    **dict.fromkeys(UNRECORDABLE, "routed experts cannot be recorded"),
+    "bailing_hybrid": "got linear_attention",
+    "deepseek_v4": "got heavily_compressed_attention",
+    "granitemoehybrid": "got linear_attention",
+    "jamba": "got linear_attention",
+    "kimi_linear": "got linear_attention",
+    "lfm2_moe": "got conv",
+    "minimax": "got linear_attention",
+    "nemotron_h": "got dummy, linear_attention",
+    "qwen3_5_moe_text": "got linear_attention",
+    "qwen3_next": "got linear_attention",
+}
+
+
+def test_every_family_is_served_or_refused() -> None:
+    assert sorted([*SERVED, *REFUSED]) == sorted(ALL_FAMILIES)
+
+
+def small_requests(count: int) -> list[GenerateRequest]:
+    return [
+        request(
+            input_ids=[(7 * i + 11 * j) % (VOCAB - 3) + 3 for j in range(1 + 5 * i % 37)],
+            max_new_tokens=3 + i % 11 * 3,
+            request_id=f"{count}-{i}",
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("family", SERVED)
+async def test_the_contracts_core_on_every_family(tmp_path: Path, family: str) -> None:
+    """P+G-1 rows, the experts of teacher forcing, and the same tokens alone and together."""
+    tiny(family).save_pretrained(tmp_path)
+    wanted = small_requests(8)
+    together = await check_against_teacher_forcing(tmp_path, wanted)
+    engine = load(tmp_path)
+    for one, rollout in zip(wanted, together, strict=True):
+        assert (await sample(engine, one)).ids == rollout.ids
+    await engine.stop()
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_cannot_be_served_is_refused_by_name(tmp_path: Path, family: str) -> None:
+    tiny(family).save_pretrained(tmp_path)
+    with pytest.raises((ValueError, EngineError), match=f"^{family}: .*{REFUSED[family]}"):
+        load(tmp_path)
