@@ -11,7 +11,8 @@ from serve_app.types import (
 )
 
 if TYPE_CHECKING:
-    from serve_app.client import AsyncRoutedExpertsClient, RoutedExpertsClient
+    from serve_app.async_client import AsyncRoutedExpertsClient
+    from serve_app.client import RoutedExpertsClient
 
 __all__ = [
     "AsyncRoutedExpertsClient",
@@ -26,8 +27,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the clients, and with them Ray, only when they are asked for."""
-    if name in ("AsyncRoutedExpertsClient", "RoutedExpertsClient"):
-        from serve_app import client
+    if name == "RoutedExpertsClient":
+        from serve_app.client import RoutedExpertsClient
 
-        return getattr(client, name)
+        return RoutedExpertsClient
+    if name == "AsyncRoutedExpertsClient":
+        from serve_app.async_client import AsyncRoutedExpertsClient
+
+        return AsyncRoutedExpertsClient
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,12 @@
-"""The clients: one object for everything a trainer asks of a served graph.
+"""The blocking client: one object for everything a trainer asks of a served graph.
 
-`RoutedExpertsClient` blocks; `AsyncRoutedExpertsClient` does the same, awaited. Both work in a
-driver, a task or an actor. Every call ends within a timeout, and every error is one of
-`serve_app.errors`.
+It works in a driver, a task or an actor. Every call ends within a timeout, and every error is one
+of `serve_app.errors`. `serve_app.async_client` has the same, awaited.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -16,7 +15,9 @@ from serve_app.continuing import continued
 from serve_app.errors import R3Error
 from serve_app.reading import Reader
 from serve_app.records import Record, make_record
-from serve_app.served import Handles, ServedGraph, await_answer, wait_answer
+from serve_app.served import Handles, ServedGraph, wait_answer
+from serve_app.store.archive import restore, save
+from serve_app.store.snapshot import Progress, SnapshotReport
 from serve_app.types import (
     ExpertBatch,
     GenerateChunk,
@@ -208,117 +209,19 @@ class RoutedExpertsClient:
         """Return what the store holds now and what happened so far."""
         return self._graph.store.stats()
 
+    def snapshot(
+        self, path: str | Path, *, tag: str | None = None, progress: Progress | None = None
+    ) -> SnapshotReport:
+        """Save live records, or a tag's, as the new directory ``path`` (mode 0700, atomic).
 
-class AsyncRoutedExpertsClient:
-    """`RoutedExpertsClient`, awaited: generation uses no thread, store calls one each."""
+        This process reads the records and writes the files. ``progress`` is called with the
+        records done and in all. Raises `SnapshotError`, and then nothing appears.
+        """
+        return save(self._graph.shards, Path(path), tag, progress)
 
-    def __init__(
-        self,
-        app: str,
-        *,
-        timeout_s: float = 60.0,
-        generate_timeout_s: float = 600.0,
-        handles: Handles | None = None,
-    ) -> None:
-        self._sync = RoutedExpertsClient(
-            app, timeout_s=timeout_s, generate_timeout_s=generate_timeout_s, handles=handles
-        )
-        self._graph = ServedGraph(app, handles, timeout_s)
-        self._generate_timeout_s = generate_timeout_s
-
-    async def generate(
-        self, request: GenerateRequest, *, timeout_s: float | None = None
-    ) -> GenerateResult:
-        """See `RoutedExpertsClient.generate`."""
-        engine = await self._graph.engine_async()
-        result: GenerateResult = await await_answer(
-            engine.generate.remote(request), timeout_s or self._generate_timeout_s
-        )
-        return result
-
-    async def generate_batch(
-        self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None
-    ) -> list[GenerateResult]:
-        """See `RoutedExpertsClient.generate_batch`."""
-
-        async def one(request: GenerateRequest) -> GenerateResult:
-            try:
-                return await self.generate(request, timeout_s=timeout_s)
-            except R3Error as error:
-                return failed(request, error)
-
-        return list(await asyncio.gather(*map(one, requests)))
-
-    async def generate_group(
-        self, request: GenerateRequest, n: int, *, timeout_s: float | None = None
-    ) -> list[GenerateResult]:
-        """See `RoutedExpertsClient.generate_group`."""
-        engine = await self._graph.engine_async()
-        results: list[GenerateResult] = await await_answer(
-            engine.generate_group.remote(request, n), timeout_s or self._generate_timeout_s
-        )
-        return results
-
-    async def stream(
-        self, request: GenerateRequest, *, timeout_s: float | None = None
-    ) -> AsyncIterator[GenerateChunk]:
-        """See `RoutedExpertsClient.stream`."""
-        async for chunk in self._graph.astream(request, timeout_s or self._generate_timeout_s):
-            yield chunk
-
-    async def abort(self, request_id: str | None = None, *, all: bool = False) -> int:
-        """See `RoutedExpertsClient.abort`."""
-        return await asyncio.to_thread(self._sync.abort, request_id, all=all)
-
-    async def update_weights(
-        self, state: "State", *, version: int, mode: UpdateMode = "abort"
-    ) -> list[WeightsResult]:
-        """See `RoutedExpertsClient.update_weights`."""
-        return await asyncio.to_thread(self._sync.update_weights, state, version=version, mode=mode)
-
-    async def sleep(self, level: SleepLevel = 1) -> None:
-        """See `RoutedExpertsClient.sleep`."""
-        await asyncio.to_thread(self._sync.sleep, level)
-
-    async def wake(self) -> None:
-        """See `RoutedExpertsClient.wake`."""
-        await asyncio.to_thread(self._sync.wake)
-
-    async def put(self, ids: npt.ArrayLike, **how: Any) -> str:
-        """See `RoutedExpertsClient.put`."""
-        return await asyncio.to_thread(self._sync.put, ids, **how)
-
-    async def get(self, key: str) -> Record:
-        """See `RoutedExpertsClient.get`."""
-        return await asyncio.to_thread(self._sync.get, key)
-
-    async def materialize(self, sequences: Sequence[RoutedSequence], **how: Any) -> ExpertBatch:
-        """See `RoutedExpertsClient.materialize`."""
-        return await asyncio.to_thread(self._sync.materialize, sequences, **how)
-
-    async def prefetch(
-        self, sequences: Sequence[RoutedSequence], **how: Any
-    ) -> "asyncio.Task[ExpertBatch]":
-        """Start `materialize` in the background; await the task for its batch."""
-        return asyncio.create_task(self.materialize(sequences, **how))
-
-    async def tag(self, keys: Sequence[str], tag: str) -> int:
-        """See `RoutedExpertsClient.tag`."""
-        return await asyncio.to_thread(self._sync.tag, keys, tag)
-
-    async def renew(
-        self, keys: Sequence[str] = (), *, tag: str | None = None, lease_s: float
-    ) -> int:
-        """See `RoutedExpertsClient.renew`."""
-        return await asyncio.to_thread(self._sync.renew, keys, tag=tag, lease_s=lease_s)
-
-    async def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
-        """See `RoutedExpertsClient.release`."""
-        return await asyncio.to_thread(self._sync.release, keys, tag=tag)
-
-    async def stats(self) -> StoreStats:
-        """See `RoutedExpertsClient.stats`."""
-        return await asyncio.to_thread(self._sync.stats)
+    def restore(self, path: str | Path, *, progress: Progress | None = None) -> SnapshotReport:
+        """Bring a snapshot's keys back, on this node; altered files are refused by name."""
+        return restore(self._graph.shards, Path(path), progress)
 
 
 def which(request_id: str | None, everything: bool) -> str | None:

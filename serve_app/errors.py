@@ -81,6 +81,10 @@ class StoreUnavailable(StoreError):
     """The shard did not answer in time. May be retried."""
 
 
+class SnapshotError(StoreError, ValueError):
+    """A snapshot, or one of its files, cannot be written or read."""
+
+
 class DecoderUnavailable(StoreUnavailable):
     """No decoder replica answered in time. May be retried; reading locally needs none."""
 

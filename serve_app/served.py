@@ -15,12 +15,13 @@ from serve_app.errors import (
     EngineOverloaded,
     EngineUnavailable,
     R3Error,
+    StoreError,
     StoreUnavailable,
     WeightsMismatch,
 )
 from serve_app.store.base import RecordStore
 from serve_app.store.calls import line
-from serve_app.store.client import connect
+from serve_app.store.client import ShardStore, connect
 from serve_app.store.memory import shared
 from serve_app.types import GenerateChunk, GenerateRequest, UpdateMode, WeightsResult
 from serve_app.weights import open_holder, pack
@@ -69,6 +70,13 @@ class ServedGraph:
         if self.handles:
             return shared(self.handles.store_app)
         return connect(self.app, timeout_s=self.timeout_s)
+
+    @property
+    def shards(self) -> ShardStore:
+        """The application's shards; raises `StoreError` where there are none."""
+        if not isinstance(self.store, ShardStore):
+            raise StoreError("Serve's local testing mode keeps records in memory, without shards")
+        return self.store
 
     async def engine_async(self) -> Any:
         """Return `engine`; looks it up in a thread, since that call blocks."""

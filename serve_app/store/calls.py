@@ -123,9 +123,19 @@ class ShardCalls:
             shard = parse(keys[0], self._app).shard
             unavailable = StoreUnavailable(f"shard {shard} does not answer: {line(error)}")
             return dict.fromkeys(keys, unavailable)
-        directory = find_directory(self._app)
-        reasons: list[Unreadable] = ray.get(directory.explain.remote(keys), timeout=self._timeout_s)
+        reasons: list[Unreadable] = self._directory(lambda actor: actor.explain.remote(keys))
         return dict(zip(keys, reasons, strict=True))
+
+    def moved(self, epochs: list[int]) -> dict[int, str]:
+        """Return which shards took over records that were restored from these epochs."""
+        found: dict[int, str] = self._directory(lambda actor: actor.moved.remote(epochs))
+        return found
+
+    def _directory(self, call: "Callable[[Actor], ray.ObjectRef[Any]]") -> Any:
+        try:
+            return ray.get(call(find_directory(self._app)), timeout=self._timeout_s)
+        except RayError as error:
+            raise translate(error, "directory") from None
 
 
 def get_all(refs: "list[ray.ObjectRef[Batch]]", timeout_s: float) -> list[Batch | Unreadable]:

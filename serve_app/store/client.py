@@ -1,7 +1,7 @@
 """Puts and gets: the way from any process to the shards, one batched call a shard."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,16 @@ from ray.exceptions import RayError
 
 from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
-from serve_app.records import Record, RecordMeta
+from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store import outbox
+from serve_app.store.answers import Found, ReadAnswer
 from serve_app.store.base import Offer, Segments, Unreadable
 from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, line, translate
 from serve_app.store.directory import Settings, find_directory, list_shards, open_shard, this_node
 from serve_app.store.keys import parse
 from serve_app.store.producer import Producer
-from serve_app.store.shard import Found, ReadAnswer
+from serve_app.store.routing import KeyRouter
+from serve_app.store.snapshot import Entry, Page
 from serve_app.types import ShardStats, StoreStats
 
 SMALL_BYTES = 64 << 10
@@ -31,12 +33,18 @@ class ShardStore:
     """
 
     def __init__(self, app: str, settings: Settings, producer: Actor | None = None) -> None:
-        self._app = app
+        self.app = app
         self._settings = settings
         self._me = producer
         self._own_shard: Actor | None = None
         self._calls = ShardCalls(app, settings.args.call_timeout_s)
+        self._router = KeyRouter(app, self._calls)
         self._batches: Producer | None = None
+
+    @property
+    def secret(self) -> bytes:
+        """What signs this application's keys."""
+        return self._settings.secret
 
     @property
     def args(self) -> StoreArgs:
@@ -79,23 +87,22 @@ class ShardStore:
 
     def fetch(self, keys: Sequence[str]) -> list[Segments | Unreadable]:
         """See `RecordStore`."""
-        answers: dict[str, Segments | Unreadable] = {}
-        groups, answers_now = self._by_shard(keys)
-        answers.update(answers_now)
-        replies = self._calls.ask(groups, lambda shard, texts: shard.read.remote(texts))
         reads: list[tuple[str, Found]] = []
         refs: list[ray.ObjectRef[outbox.Batch]] = []
-        for shard, texts in groups.items():
-            reply = replies[shard]
-            if not isinstance(reply, ReadAnswer):
-                answers.update(self._calls.explain(texts, reply))
-                continue
+
+        def receive(texts: list[str], reply: ReadAnswer) -> dict[str, Unreadable]:
+            unreadable: dict[str, Unreadable] = {}
             for text, found in zip(texts, reply.found, strict=True):
                 if isinstance(found, KeyUnreadable):
-                    answers[text] = found
+                    unreadable[text] = found
                 else:
                     reads.append((text, _renumber(found, len(refs))))
-            refs += reply.refs
+            refs.extend(reply.refs)
+            return unreadable
+
+        answers: dict[str, Segments | Unreadable] = {
+            **self._router.ask(keys, lambda shard, texts: shard.read.remote(texts), receive)
+        }
         batches = get_all(refs, self.args.call_timeout_s)
         for text, found in reads:
             answers[text] = _segments(found, batches)
@@ -115,7 +122,7 @@ class ShardStore:
 
     def stats(self) -> StoreStats:
         """See `RecordStore`."""
-        names = list_shards(self._app)
+        names = list_shards(self.app)
         replies = self._calls.ask(
             {name: [] for name in names}, lambda shard, _: shard.stats.remote()
         )
@@ -125,23 +132,53 @@ class ShardStore:
 
     def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
         """See `RecordStore`."""
-        groups, foreign = self._by_shard(keys)
-        answers: dict[str, list[RecordMeta] | Unreadable] = {**foreign}
-        replies = self._calls.ask(groups, lambda shard, texts: shard.describe.remote(texts))
-        for shard, texts in groups.items():
-            if isinstance(reply := replies[shard], list):
-                answers.update(zip(texts, reply, strict=True))
-            else:
-                answers.update(self._calls.explain(texts, reply))
+        answers: dict[str, list[RecordMeta] | Unreadable] = {}
+
+        def receive(texts: list[str], reply: list[Any]) -> dict[str, Unreadable]:
+            chains = dict(zip(texts, reply, strict=True))
+            answers.update(
+                {text: chain for text, chain in chains.items() if isinstance(chain, list)}
+            )
+            return {text: why for text, why in chains.items() if not isinstance(why, list)}
+
+        unreadable = self._router.ask(
+            keys, lambda shard, texts: shard.describe.remote(texts), receive
+        )
+        answers.update(unreadable)
         return [answers[text] for text in keys]
+
+    def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Ids]]]:
+        """Yield everything that the shards hold, or what a tag needs, some records at a time."""
+        for name in list_shards(self.app):
+            first: int | None = 0
+            while first is not None:
+                page, read = self._page(name, tag, first)
+                batches = get_all(read.refs, self.args.call_timeout_s)
+                arrays: list[Ids] = []
+                for found in read.found:
+                    segments = (
+                        found if isinstance(found, KeyUnreadable) else _segments(found, batches)
+                    )
+                    if not isinstance(segments, list):
+                        raise segments
+                    arrays.append(segments[0].ids)
+                if page.entries:
+                    yield page.entries, arrays
+                first = page.next
+
+    def adopt(self, old_key: str, new_key: str, secret: bytes) -> None:
+        """Let a record that was put here again answer to its old key."""
+        old = parse(old_key, self.app)
+        self._answer(self._shard_here().adopt.remote(old_key, new_key, secret))
+        self._answer(find_directory(self.app).adopt.remote(old.epoch, this_node(), secret))
 
     def is_local(self, key: str) -> bool:
         """See `RecordStore`: on this process's node."""
-        return parse(key, self._app).shard == this_node()
+        return parse(key, self.app).shard == this_node()
 
     def _shard_here(self) -> Actor:
         if self._own_shard is None:
-            self._own_shard = open_shard(self._app, self._settings)
+            self._own_shard = open_shard(self.app, self._settings)
         return self._own_shard
 
     async def _shard_here_async(self) -> Actor:
@@ -187,17 +224,12 @@ class ShardStore:
             self._own_shard = None
             raise translate(error, this_node()) from None
 
-    def _by_shard(
-        self, keys: Sequence[str]
-    ) -> tuple[dict[str, list[str]], dict[str, KeyUnreadable]]:
-        groups: dict[str, list[str]] = {}
-        foreign: dict[str, KeyUnreadable] = {}
-        for text in dict.fromkeys(keys):
-            try:
-                groups.setdefault(parse(text, self._app).shard, []).append(text)
-            except KeyUnreadable as why:
-                foreign[text] = why
-        return groups, foreign
+    def _page(self, shard: str, tag: str | None, first: int) -> tuple[Page, ReadAnswer]:
+        reply = self._calls.ask({shard: []}, lambda actor, _: actor.page.remote(tag, first))[shard]
+        if isinstance(reply, RayError):
+            raise StoreUnavailable(f"shard {shard} does not answer: {line(reply)}")
+        page, read = reply
+        return page, read
 
     def _change(
         self,
@@ -205,18 +237,31 @@ class ShardStore:
         tag: str | None,
         call: "Callable[[Actor, list[str]], ray.ObjectRef[int]]",
     ) -> int:
-        groups, foreign = self._by_shard(keys)
+        groups, foreign = self._router.by_shard(keys)
         if foreign:
             raise next(iter(foreign.values()))
         if tag is not None:
-            groups = {name: [] for name in list_shards(self._app)} | groups
-        changed = 0
+            groups = {name: [] for name in list_shards(self.app)} | groups
+        changed, keyed = self._change_in(groups, call)
+        if keyed < len(set(keys)):
+            again, _ = self._router.by_shard(self._router.restored(list(dict.fromkeys(keys))))
+            changed += self._change_in(again, call)[0]
+        return changed
+
+    def _change_in(
+        self,
+        groups: dict[str, list[str]],
+        call: "Callable[[Actor, list[str]], ray.ObjectRef[int]]",
+    ) -> tuple[int, int]:
+        """Return how many keys changed in all, and at the shards that were asked about keys."""
+        changed, keyed = 0, 0
         for shard, reply in self._calls.ask(groups, call).items():
             if isinstance(reply, int):
                 changed += reply
+                keyed += reply if groups[shard] else 0
             elif not isinstance(reply, GONE):
                 raise StoreUnavailable(f"shard {shard} does not answer: {line(reply)}")
-        return changed
+        return changed, keyed
 
 
 def _offer(record: Record, tag: str | None, lease_s: float | None, parent: str | None) -> Offer:

@@ -40,6 +40,8 @@ class Directory:
     def __init__(self, app: str, secret: bytes, args: StoreArgs) -> None:
         self._app = app
         self._settings = Settings(secret, args)
+        self._secrets = [secret]
+        self._moved: dict[int, str] = {}
 
     def settings(self) -> Settings:
         """Return the secret and the newest arguments."""
@@ -49,12 +51,22 @@ class Directory:
         """Take the arguments of a new deployment."""
         self._settings = Settings(self._settings.secret, args)
 
+    def adopt(self, epoch: int, shard: str, secret: bytes) -> None:
+        """Remember that a shard answers for the restored records of an earlier epoch."""
+        self._moved[epoch] = shard
+        if secret not in self._secrets:
+            self._secrets.append(secret)
+
+    def moved(self, epochs: Sequence[int]) -> dict[int, str]:
+        """Return the shards that took over those of the epochs that were restored."""
+        return {epoch: self._moved[epoch] for epoch in epochs if epoch in self._moved}
+
     def explain(self, keys: Sequence[str]) -> list[KeyUnreadable]:
         """Say of keys whose shard is gone whether they were ever real."""
         reasons: list[KeyUnreadable] = []
         for key in keys:
             try:
-                verify(key, self._app, self._settings.secret)
+                verify(key, self._app, *self._secrets)
             except KeyUnreadable as why:
                 reasons.append(why)
             else:

@@ -15,6 +15,7 @@ from serve_app.store.leases import Leases
 
 TOMBSTONES = 1 << 22
 _TRIM_AT_LEAST = 1 << 16
+_LOOK_AT = 20_000
 
 P = TypeVar("P")
 
@@ -105,11 +106,39 @@ class Ledger(Generic[P]):
         oldest = next(iter(self._entries.values()), None)
         return now - oldest.born if oldest else 0.0
 
-    def live_seqs(self) -> list[int]:
-        """Return the sequence numbers of all live records, oldest first."""
-        return [
-            seq for seq in self._entries if self._states[seq - self._first_state] == _State.LIVE
-        ]
+    def held(self, first: int, limit: int) -> tuple[list[int], int | None]:
+        """Return some records held from ``first`` on, and where to go on (None at the end).
+
+        Looks at a bounded stretch of numbers, so a caller with many pauses never blocks long.
+        """
+        found: list[int] = []
+        for seq in range(first, min(first + _LOOK_AT, self._next)):
+            if seq in self._entries:
+                found.append(seq)
+                if len(found) == limit:
+                    return found, seq + 1
+        reached = first + _LOOK_AT
+        return found, reached if reached < self._next else None
+
+    def family(self, tag: str) -> list[int]:
+        """Return a tag's live records and their ancestors; parents come before children."""
+        wanted: set[int] = set()
+        for seq in self._tags.get(tag, ()):
+            at: int | None = seq
+            while at is not None and at not in wanted:
+                wanted.add(at)
+                at = self._entries[at].parent
+        return sorted(wanted)
+
+    def is_live(self, seq: int) -> bool:
+        """Whether the record reads."""
+        return self._state(seq) is _State.LIVE
+
+    def entry(self, seq: int) -> tuple[RecordMeta, P, float, str | None, int | None] | None:
+        """Return a held record's header, payload, lease, tag and parent; None if it is gone."""
+        if (entry := self._entries.get(seq)) is None:
+            return None
+        return entry.meta, entry.payload, entry.lease_s, entry.tag, entry.parent
 
     def renew(self, seq: int, now: float, lease_s: float) -> None:
         """Let the lease end at ``now + lease_s``, and last as long after each read."""

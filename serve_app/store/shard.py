@@ -20,11 +20,14 @@ from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreError, StoreUnavailable
 from serve_app.records import RecordMeta
 from serve_app.store import outbox
+from serve_app.store.answers import Collected, ReadAnswer
 from serve_app.store.base import Offer
 from serve_app.store.epochs import Epochs
 from serve_app.store.holdings import DROP_AT_ONCE, Blob, Holdings, Payload, Piece
+from serve_app.store.keys import verify
 from serve_app.store.metrics import ShardMetrics
 from serve_app.store.presence import is_served
+from serve_app.store.snapshot import PAGE_RECORDS, Entry, Page
 from serve_app.types import ShardStats
 
 SWEEP_EVERY_S = 1.0
@@ -37,18 +40,6 @@ class ShardIdentity:
     app: str
     shard: str
     epoch: int
-
-
-Found = list[tuple[RecordMeta, bytes | tuple[int, int]]]
-"""A key's segments: header and bytes, or header and (number of the ref, index in its list)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadAnswer:
-    """One answer for a whole batch of keys: what each is made of, and every object once."""
-
-    found: list[Found | KeyUnreadable]
-    refs: "list[ray.ObjectRef[outbox.Batch]]"
 
 
 class Shard:
@@ -130,28 +121,16 @@ class Shard:
     async def read(self, keys: Sequence[str]) -> ReadAnswer:
         """Return what the keys are made of; renews their leases."""
         begun = time.monotonic()
-        found: list[Found | KeyUnreadable] = []
-        refs: list[ray.ObjectRef[outbox.Batch]] = []
-        numbers: dict[int, int] = {}
+        collected = Collected()
         for text in keys:
             try:
-                chain = self._holdings.ledger.read(self._find(text), begun)
+                collected.add(self._holdings.ledger.read(self._find(text), begun))
             except KeyUnreadable as why:
-                found.append(why)
+                collected.found.append(why)
                 continue
             self._holdings.counts.gets += 1
-            segments: Found = []
-            for meta, payload in chain:
-                if isinstance(payload, bytes):
-                    segments.append((meta, payload))
-                    continue
-                blob = payload.blob
-                if (number := numbers.setdefault(id(blob), len(refs))) == len(refs):
-                    refs.append(blob.ref)
-                segments.append((meta, (number, payload.index)))
-            found.append(segments)
         self._metrics.took("read", time.monotonic() - begun)
-        return ReadAnswer(found, refs)
+        return collected.answer()
 
     async def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | KeyUnreadable]:
         """Return the headers that the keys are made of."""
@@ -162,6 +141,32 @@ class Shard:
             except KeyUnreadable as why:
                 answers.append(why)
         return answers
+
+    async def page(self, tag: str | None, first: int) -> tuple[Page, ReadAnswer]:
+        """Return some records, live or needed by live ones, from a sequence number on."""
+        ledger = self._holdings.ledger
+        if tag is None:
+            seqs, more = ledger.held(first, PAGE_RECORDS)
+        else:
+            family = [seq for seq in ledger.family(tag) if seq >= first]
+            seqs = family[:PAGE_RECORDS]
+            more = family[PAGE_RECORDS] if len(family) > PAGE_RECORDS else None
+        entries: list[Entry] = []
+        collected = Collected()
+        for seq in seqs:
+            if (held := ledger.entry(seq)) is None:
+                continue
+            meta, payload, lease_s, record_tag, parent = held
+            above = None if parent is None else self._epochs.sign(parent)
+            key, live = self._epochs.sign(seq), ledger.is_live(seq)
+            entries.append(Entry(key, above, record_tag, lease_s, live, meta))
+            collected.add([(meta, payload)])
+        return Page(entries, more), collected.answer()
+
+    async def adopt(self, old_key: str, new_key: str, secret: bytes) -> None:
+        """Let a restored record answer to the key that it had when it was saved."""
+        old = verify(old_key, self._epochs.app, secret)
+        self._epochs.adopt(old, secret, self._epochs.find(new_key))
 
     async def release(self, keys: Sequence[str], tag: str | None) -> int:
         """End keys, or all under a tag; idempotent."""

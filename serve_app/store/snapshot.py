@@ -1,0 +1,197 @@
+"""Saving an application's live records, and bringing the same keys back in another cluster.
+
+A snapshot is a directory, mode 0700, of safetensors files. Each holds some records of one shard,
+ancestors before their children; its metadata lists their headers and keys as JSON, with a hash of
+that JSON. A file is taken whole or refused by name. The secret that signed the keys is in the
+files too: whoever reads a snapshot can read the keys.
+
+The shards are asked for a page of records at a time, and the bytes come out of the object store
+straight into the saving process, so nobody waits for a disk.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from serve_app.errors import RecordError, SnapshotError, StoreError
+from serve_app.records import Ids, Record, RecordMeta
+
+FORMAT = "r3serve-snapshot-1"
+PAGE_RECORDS = 64
+
+Progress = Callable[[int, int], None]
+"""Called with the records done so far and the records in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One record as it is saved. ``parent`` is the key of the record that it continues.
+
+    ``live`` is False for an ancestor that was released but that a live record needs.
+    """
+
+    key: str
+    parent: str | None
+    tag: str | None
+    lease_s: float
+    live: bool
+    meta: RecordMeta
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A shard's records from one sequence number on; ``next`` is None after the last."""
+
+    entries: list[Entry]
+    next: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReport:
+    """What was saved or restored; ``refused`` names each file or record that was not, and why."""
+
+    records: int
+    nbytes: int
+    refused: tuple[str, ...] = ()
+
+
+class SnapshotWriter:
+    """Writes pages as files into a new directory that appears, whole, at `commit`."""
+
+    def __init__(self, path: Path, app: str, secret: bytes) -> None:
+        if path.exists():
+            raise SnapshotError(f"{path} exists already; a snapshot never overwrites")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._app = app
+        self._secret = secret
+        # In the same directory, so that the rename is atomic; mkdtemp makes it mode 0700.
+        self._partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        self._files = 0
+        self.records = 0
+        self.nbytes = 0
+
+    def write(self, entries: list[Entry], arrays: list[Ids]) -> None:
+        """Save one page."""
+        listed = json.dumps([asdict(entry) for entry in entries])
+        metadata = {
+            "format": FORMAT,
+            "app": self._app,
+            "secret": self._secret.hex(),
+            "records": listed,
+            "hash": xxhash.xxh3_64_hexdigest(listed.encode()),
+        }
+        file = self._partial / f"part-{self._files:05d}.safetensors"
+        save_file({str(i): ids for i, ids in enumerate(arrays)}, file, metadata)
+        _sync(file)
+        self._files += 1
+        self.records += len(entries)
+        self.nbytes += sum(ids.nbytes for ids in arrays)
+
+    def commit(self) -> SnapshotReport:
+        """Make the snapshot appear."""
+        _sync(self._partial)
+        self._partial.rename(self._path)
+        _sync(self._path.parent)
+        return SnapshotReport(self.records, self.nbytes)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        for file in self._partial.iterdir():
+            file.unlink()
+        self._partial.rmdir()
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPage:
+    """One file's records, verified."""
+
+    secret: bytes
+    entries: list[Entry]
+    records: list[Record]
+
+
+def snapshot_files(path: Path) -> list[Path]:
+    """Return a snapshot's files in the order they were written."""
+    files = sorted(path.glob("part-*.safetensors"))
+    if not files:
+        raise SnapshotError(f"{path} is no snapshot: expected part-*.safetensors files in it")
+    return files
+
+
+def read_page(file: Path, app: str) -> SavedPage:
+    """Read and verify a file; raise `SnapshotError` naming it if anything is not as written."""
+    try:
+        with safe_open(file, framework="numpy") as saved:
+            metadata = saved.metadata() or {}
+            _check_metadata(metadata, app)
+            entries = [_entry(item) for item in json.loads(metadata["records"])]
+            arrays = [saved.get_tensor(str(i)) for i in range(len(entries))]
+        for entry, ids in zip(entries, arrays, strict=True):
+            entry.meta.verify(ids)
+    except (SafetensorError, RecordError, OSError, KeyError, TypeError, ValueError) as error:
+        raise SnapshotError(f"{file.name}: {error}") from None
+    records = [Record(entry.meta, ids) for entry, ids in zip(entries, arrays, strict=True)]
+    return SavedPage(bytes.fromhex(metadata["secret"]), entries, records)
+
+
+def _check_metadata(metadata: dict[str, str], app: str) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, got {metadata.get('format')}")
+    if metadata.get("app") != app:
+        raise ValueError(f"expected records of application {app!r}, got {metadata.get('app')!r}")
+    if xxhash.xxh3_64_hexdigest(metadata["records"].encode()) != metadata["hash"]:
+        raise ValueError("the list of records was altered")
+
+
+def _entry(item: dict[str, Any]) -> Entry:
+    meta = item.pop("meta")
+    for field in ("moe_layers", "invalid"):
+        meta[field] = tuple(meta[field])
+    return Entry(meta=RecordMeta(**meta), **item)
+
+
+def _sync(path: Path) -> None:
+    """Make a file or a directory's names survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def restore_pages(
+    path: Path,
+    app: str,
+    put: "Callable[[SavedPage, Entry, Record, str | None], str]",
+) -> Iterator[tuple[Entry, str] | str]:
+    """Put every readable record back; yield (entry, new key) for each, or why not.
+
+    ``put`` gets the new key of the record's parent. A child whose parent was refused is, too.
+    """
+    new_keys: dict[str, str] = {}
+    for file in snapshot_files(path):
+        try:
+            page = read_page(file, app)
+        except SnapshotError as error:
+            yield str(error)
+            continue
+        for entry, record in zip(page.entries, page.records, strict=True):
+            if entry.parent is not None and entry.parent not in new_keys:
+                yield f"{file.name}: a record's beginning could not be restored"
+                continue
+            parent = None if entry.parent is None else new_keys[entry.parent]
+            try:
+                new_keys[entry.key] = put(page, entry, record, parent)
+            except StoreError as error:
+                yield f"{file.name}: {error}"
+                continue
+            yield entry, new_keys[entry.key]
