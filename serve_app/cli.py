@@ -51,6 +51,8 @@ def destroy(app: str, address: Address = "auto") -> None:
 
 
 def _attach(address: str) -> None:
+    if ray.is_initialized():
+        return
     try:
         host, colon, port = address.rpartition(":")
         if colon:  # ray.init tries for many minutes

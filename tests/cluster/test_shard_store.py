@@ -3,16 +3,22 @@
 import asyncio
 import os
 import signal
+import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+import requests
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typer.testing import CliRunner
 
+from serve_app.cli import main
 from serve_app.errors import RoutesLost, StoreUnavailable
 from serve_app.store.client import ShardStore, connect
 from serve_app.store.directory import find_shard, this_node
+from serve_app.store.metrics import GAUGES, LATENCY, metric_name
 from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, record
 
 
@@ -106,3 +112,33 @@ def test_a_foreign_actor_under_a_shards_name_is_refused(make_store: MakeStore) -
     with pytest.raises(StoreUnavailable, match=r"squatted|answer"):
         store.put(record())
     ray.kill(squatter)
+
+
+def test_status_shows_every_shard(make_store: MakeStore) -> None:
+    store = make_store()
+    store.put(record(LARGE))
+    shown = CliRunner().invoke(main, ["store", "status", "contract"], env={"COLUMNS": "250"})
+    assert shown.exit_code == 0
+    assert this_node() in shown.output
+    assert f"{record(LARGE).meta.nbytes:,}" in shown.output
+    missing = CliRunner().invoke(main, ["store", "status", "nobody"])
+    assert missing.exit_code == 1
+    assert "nobody" in missing.output
+
+
+def test_every_metric_is_exported(make_store: MakeStore) -> None:
+    store = make_store()
+    key = store.put(record(LARGE))
+    read(store, key)
+    store.release([key, store.put(record())])
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    port = next(node for node in nodes if node["NodeID"].startswith(this_node()))
+    expected = {f"ray_{metric_name(field)}" for field in (*GAUGES, "puts", "gets", "released")}
+    expected.add(f"ray_{LATENCY}_bucket")
+    deadline, tick, text = time.monotonic() + 60, threading.Event(), ""
+    while missing := {name for name in expected if name not in text}:
+        assert time.monotonic() < deadline, f"not exported: {sorted(missing)}"
+        at = f"http://{port['NodeManagerAddress']}:{port['MetricsExportPort']}/metrics"
+        text = requests.get(at, timeout=10).text
+        tick.wait(0.5)
+    assert 'app="contract"' in text
