@@ -41,7 +41,7 @@ class StepThread:
         *,
         max_batch_size: int,
         max_waiting: int,
-        num_threads: int | None,
+        num_threads: int,
     ) -> None:
         self.ended: str | None = None
         self.asleep = False
@@ -178,8 +178,7 @@ class StepThread:
     # Everything below runs in the thread.
 
     def _run(self) -> None:
-        if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(self._num_threads)
         try:
             try:
                 self._run_steps()

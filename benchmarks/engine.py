@@ -1,0 +1,239 @@
+"""The Transformers engine: tokens a second by concurrency and by what becomes of the routes.
+
+    python -m benchmarks.engine [--quick] [--repeat N] [--models small,large] [--threads N]
+
+Prints one JSON line a model and part. ``off`` records nothing, ``inline`` answers with the array,
+``key`` puts it into a shard. Rounds are interleaved and medians compared. Recording itself is
+timed step by step, on and off in turn on one running batch: whole rounds wander too much to see
+it. Conversations of 20 turns are held in both ways at once, turn by turn, on the same tokens.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+
+from benchmarks.cluster import own_ray, start
+from benchmarks.machine import describe, versions
+from benchmarks.measuring import Target, Times
+from examples.tiny_moe import write_checkpoint
+from serve_app.config import EngineArgs, StoreArgs
+from serve_app.deployments.answer import Answer
+from serve_app.deployments.routes import RouteKeys
+from serve_app.engines.checkpoint import load_checkpoint
+from serve_app.engines.recording import ExpertRecorder
+from serve_app.engines.runner import ModelRunner, Prompt
+from serve_app.engines.transformers import TransformersEngine
+from serve_app.store.base import RecordStore
+from serve_app.store.client import connect
+from serve_app.store.directory import open_directory
+from serve_app.types import GenerateRequest
+
+APP = "engine"
+MODES = ("off", "inline", "key")
+MODELS: dict[str, dict[str, int]] = {
+    "small": {"hidden": 128, "layers": 4, "experts": 16, "top_k": 4},
+    "large": {"hidden": 512, "layers": 8, "experts": 64, "top_k": 8},
+}
+SCALING = {"small": 4.0, "large": 2.0}
+PROMPT = list(range(3, 19))
+TURN = list(range(20, 28))
+
+
+class EngineHost:
+    """An actor with an engine, as a replica has it, and a way into the shard of its node."""
+
+    def __init__(self, args: EngineArgs) -> None:
+        self._engine = TransformersEngine(args)
+        self._keys = RouteKeys(self._connect)
+        self._store: RecordStore | None = None
+
+    async def run(self, mode: str, concurrent: int, new: int) -> float:
+        """Return the seconds that so many rollouts at once take, routes handed over."""
+        begun = time.perf_counter()
+        answers = await asyncio.gather(
+            *(self._answer(PROMPT, mode, new) for _ in range(concurrent))
+        )
+        took = time.perf_counter() - begun
+        await self._release([key for _, key in answers if key is not None])
+        return took
+
+    async def converse(self, turns: int, new: int) -> dict[str, float]:
+        """Hold one conversation off and by key, turn by turn; return the seconds of each."""
+        seconds = {"off": 0.0, "key": 0.0}
+        tokens, key, keys = list(PROMPT), None, list[str]()
+        for turn in range(turns):
+            for mode in ("off", "key") if turn % 2 else ("key", "off"):
+                begun = time.perf_counter()
+                answer, made = await self._answer(tokens, mode, new, key)
+                seconds[mode] += time.perf_counter() - begun
+                if made is not None:
+                    following = made
+            key = following
+            keys.append(key)
+            tokens = [*tokens, *answer.output_ids, *TURN]
+        await self._release(keys)
+        return seconds
+
+    async def _answer(
+        self, prompt: list[int], mode: str, new: int, continued: str | None = None
+    ) -> tuple[Answer, str | None]:
+        request = GenerateRequest(
+            input_ids=prompt,
+            max_new_tokens=new,
+            temperature=0.0,
+            ignore_eos=True,
+            return_routed_experts=mode != "off",
+        )
+        earlier = None
+        if continued is not None and mode == "key":
+            earlier = await self._keys.earlier(continued, prompt, self._engine.info)
+        answer = Answer(request)
+        async for chunk in self._engine.generate(request):
+            answer.add(chunk)
+        assert answer.last is not None
+        assert (answer.last.record is None) == (mode == "off")
+        if mode != "key" or answer.last.record is None:
+            return answer, None
+        return answer, await self._keys.put(request, answer.last.record, answer.tokens, earlier)
+
+    async def _connect(self) -> RecordStore:
+        me = ray.get_runtime_context().current_actor
+        self._store = await asyncio.to_thread(connect, APP, me)
+        return self._store
+
+    async def _release(self, keys: Sequence[str]) -> None:
+        if keys:
+            assert self._store is not None
+            await asyncio.to_thread(self._store.release, keys)
+
+
+def throughput(
+    host: Any, concurrencies: Sequence[int], repeat: int, new: int
+) -> dict[str, dict[str, float]]:
+    """Return tokens a second ``[concurrency][mode]``, medians of interleaved rounds."""
+    found: dict[tuple[int, str], list[float]] = {
+        (count, mode): [] for count in concurrencies for mode in MODES
+    }
+    for count, mode in found:
+        ray.get(host.run.remote(mode, count, 2))
+    for number in range(repeat):
+        order = list(found)
+        for count, mode in [*order[number % len(order) :], *order[: number % len(order)]]:
+            found[count, mode].append(count * new / ray.get(host.run.remote(mode, count, new)))
+    return {
+        str(count): {mode: round(median(found[count, mode]), 1) for mode in MODES}
+        for count in concurrencies
+    }
+
+
+def recording_cost(args: EngineArgs, rows: int, steps: int) -> dict[str, Times]:
+    """Time decode steps of one batch, recording in every second one."""
+    import torch
+
+    checkpoint = load_checkpoint(args)
+    torch.set_num_threads(checkpoint.options.num_threads)
+    runner = ModelRunner(checkpoint.model, ExpertRecorder(checkpoint.blocks))
+    for row in range(rows):
+        prompt = Prompt([3 + row, *PROMPT])
+        runner.process(prompt, len(prompt.tokens), record=True)
+        runner.join(prompt)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for step in range(steps):
+        for record in (True, False) if step % 2 else (False, True):
+            begun = time.perf_counter()
+            runner.decode([5] * rows, record=record)
+            times[record].append((time.perf_counter() - begun) * 1e3)
+    return {"step_off": Times(times[False]), "step_recording": Times(times[True])}
+
+
+def conversations(host: Any, repeat: int, turns: int, new: int) -> dict[str, Times]:
+    ray.get(host.converse.remote(2, new))
+    rounds = [ray.get(host.converse.remote(turns, new)) for _ in range(repeat)]
+    return {mode: Times([one[mode] * 1e3 for one in rounds]) for mode in ("off", "key")}
+
+
+@contextmanager
+def hosted(args: EngineArgs) -> Iterator[Any]:
+    host = start(EngineHost, args)
+    yield host
+    ray.kill(host)
+
+
+def measure(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the lines of one model."""
+    args = EngineArgs(
+        model=str(write_checkpoint(path / name, **MODELS[name])),
+        dtype="float32",
+        enable_return_routed_experts=True,
+        enable_transfer_obj_ref=True,
+        max_batch_size=64,
+        engine_kwargs={"num_threads": options.threads} if options.threads else {},
+    )
+    steps = 20 if options.quick else 200 if name == "small" else 40
+    times = recording_cost(args, rows=16, steps=steps)
+    target = Target("recording_steps", "step_recording", "step_off", most=1.05)
+    yield {
+        "part": "recording",
+        "ms": {key: found.summary() for key, found in times.items()},
+        "targets": {target.name: target.judge(times)},
+    }
+    with hosted(args) as host:
+        counts = (1, 16) if options.quick else (1, 4, 16, 64) if name == "small" else (1, 4, 16)
+        speeds = throughput(host, counts, options.repeat, options.new)
+        ratio, least = speeds["16"]["key"] / speeds["1"]["key"], SCALING[name]
+        cost = speeds["16"]["off"] / speeds["16"]["key"]
+        yield {
+            "part": "throughput",
+            "tokens_per_s": speeds,
+            "targets": {
+                "16_over_1": {
+                    "ratio": round(ratio, 2),
+                    "target": f">= {least:g}",
+                    "met": ratio >= least,
+                },
+                "off_over_key_at_16": {
+                    "ratio": round(cost, 3),
+                    "target": "<= 1.05",
+                    "met": cost <= 1.05,
+                },
+            },
+        }
+        talks = conversations(host, options.repeat, 4 if options.quick else 20, 16)
+        target = Target("conversation_on_off", "key", "off", most=1.05)
+        yield {
+            "part": "conversations",
+            "ms": {mode: found.summary() for mode, found in talks.items()},
+            "targets": {target.name: target.judge(talks)},
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the Transformers engine.")
+    parser.add_argument("--models", default="small,large", help="some of small, large")
+    parser.add_argument("--repeat", type=int, help="rounds; default 7, quick 2")
+    parser.add_argument("--new", type=int, default=32, help="tokens a rollout")
+    parser.add_argument("--threads", type=int, help="of the engine; default: the engine's own")
+    parser.add_argument("--quick", action="store_true", help="does it run?")
+    options = parser.parse_args()
+    options.repeat = options.repeat or (2 if options.quick else 7)
+    store = StoreArgs(leave_after_s=3600)
+    with tempfile.TemporaryDirectory() as path, own_ray(object_store_bytes=1 << 30):
+        open_directory(APP, store, store.call_timeout_s)
+        for name in options.models.split(","):
+            for line in measure(name, Path(path), options):
+                about = {"benchmark": "engine", "model": name, **MODELS[name], **line}
+                about |= {"repeat": options.repeat, "machine": describe(), "versions": versions()}
+                print(json.dumps(about), flush=True)
+
+
+if __name__ == "__main__":
+    main()
