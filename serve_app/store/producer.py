@@ -40,6 +40,7 @@ class Producer:
         return await done
 
     async def _run(self) -> None:
+        await asyncio.sleep(0)  # puts of the same turn of the loop travel in the first batch too
         while batch := self._next_batch():
             answers: Sequence[str | Exception]
             try:
