@@ -38,7 +38,8 @@ class Producer:
     async def put_upstream(self) -> list[str]:
         """Put all records at once, as arguments of upstream's actor."""
         put = self._upstream.put.remote
-        return await asyncio.gather(*(put(record.ids) for record in self._records))
+        keys: list[str] = await asyncio.gather(*(put(record.ids) for record in self._records))
+        return keys
 
     async def round_trip(self) -> None:
         """Put all records, read them back, and give them up (which upstream's reader does)."""
