@@ -97,11 +97,17 @@ class EngineArgs(_Args):
         return self
 
 
+CompatNamespace = Literal["lmdeploy", "sglang"]
+"""Where an upstream engine looks for its ``shared_store``."""
+
+
 class StoreArgs(_Args):
     """The expert store. ``byte_budget`` is per shard; None takes half its node's object store.
 
     ``backend="memory"`` keeps records in the calling process, for Serve's local testing mode.
     Shards that hold nothing leave ``leave_after_s`` after their application is gone.
+    ``compat_actors`` names the namespaces to offer upstream's ``shared_store`` in; a key that is
+    read through it ends ``compat_grace_s`` later.
     """
 
     backend: Literal["shards", "memory"] = "shards"
@@ -110,7 +116,18 @@ class StoreArgs(_Args):
     put_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     call_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     leave_after_s: Annotated[float, Field(gt=0)] = 60.0
+    compat_actors: tuple[CompatNamespace, ...] = ()
+    compat_grace_s: Annotated[float, Field(gt=0)] = 30.0
     serve: ServeOptions = ServeOptions(num_cpus=0.05)
+
+    @model_validator(mode="after")
+    def _compat_needs_shards(self) -> Self:
+        if self.compat_actors and self.backend == "memory":
+            raise ValueError(
+                "compat_actors read from shards, but backend is 'memory': set backend 'shards',"
+                " or no compat_actors"
+            )
+        return self
 
 
 class DecoderArgs(_Args):

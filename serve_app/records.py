@@ -45,7 +45,9 @@ class RecordMeta:
     """Everything about a record but its ids: small enough to travel with every answer.
 
     ``moe_layers`` are global layer indices; the columns of other layers mean nothing.
-    ``invalid`` lists the rows (relative to ``start``) that must route natively.
+    ``invalid`` lists the rows (relative to ``start``) that must route natively. ``raw`` is set by
+    `raw_record` alone: the dtype of an array kept as it came, whose ``num_experts`` (then 0)
+    nobody said.
     """
 
     rows: int
@@ -59,11 +61,12 @@ class RecordMeta:
     token_hash: int | None = None
     invalid: tuple[int, ...] = ()
     format_version: int = FORMAT_VERSION
+    raw: str | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The stored dtype, which the number of experts decides."""
-        return narrowest_dtype(self.num_experts)
+        """The stored dtype, which the number of experts decides; a raw array's own."""
+        return np.dtype(self.raw) if self.raw else narrowest_dtype(self.num_experts)
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +103,16 @@ class Record:
 
     @property
     def num_experts(self) -> int:
-        """Number of routed experts a layer."""
+        """Number of routed experts a layer; raises `RecordError` for a raw array.
+
+        So nothing is materialized from ids that were never checked against a model.
+        """
+        if self.meta.raw:
+            raise RecordError(
+                "expected a record of known experts, got an array put through shared_store as it"
+                " was, sentinels of dense layers included: read it there, or put its ids anew with"
+                " num_experts and moe_layers"
+            )
         return self.meta.num_experts
 
     @property
@@ -178,3 +190,31 @@ def make_record(
         invalid=() if valid is None else tuple(np.flatnonzero(~valid).tolist()),
     )
     return Record(meta, stored)
+
+
+def raw_record(array: object) -> Record:
+    """Keep an integer array ``[rows, layers, top_k]`` of a model that nobody named, unchanged.
+
+    Its values and dtype come back exactly, sentinels included; nothing is known about them.
+    Raises `RecordError` naming what was expected and what came.
+    """
+    ids = np.asarray(array)
+    if ids.ndim != 3 or 0 in ids.shape or ids.dtype.kind not in "iu":
+        raise RecordError(
+            "expected an integer array [rows, layers, top_k], none of them 0,"
+            f" got {ids.dtype}{list(ids.shape)}"
+        )
+    ids = np.ascontiguousarray(ids)
+    rows, layers, top_k = ids.shape
+    meta = RecordMeta(
+        rows=rows,
+        layers=layers,
+        top_k=top_k,
+        num_experts=0,
+        start=0,
+        moe_layers=tuple(range(layers)),
+        weight_version=0,
+        checksum=checksum(ids),
+        raw=ids.dtype.str,
+    )
+    return Record(meta, ids)

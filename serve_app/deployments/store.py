@@ -11,7 +11,14 @@ from serve_app.config import StoreArgs
 from serve_app.errors import StoreUnavailable
 from serve_app.store.base import RecordStore
 from serve_app.store.client import connect
-from serve_app.store.directory import find_shard, list_shards, open_directory
+from serve_app.store.compat import open_compat
+from serve_app.store.directory import (
+    COMPAT_NAMESPACES,
+    find_compat,
+    find_shard,
+    list_shards,
+    open_directory,
+)
 from serve_app.store.memory import shared
 from serve_app.types import StoreStats
 
@@ -31,6 +38,11 @@ class ExpertStore:
         shards = [find_shard(app, name) for name in list_shards(app)]
         ray.get([s.configure.remote(args) for s in shards if s], timeout=args.call_timeout_s)
         self._store = connect(app)
+        for namespace in COMPAT_NAMESPACES:
+            if namespace in args.compat_actors:
+                open_compat(app, namespace, args)
+            elif unwanted := find_compat(app, namespace):
+                ray.kill(unwanted)  # an earlier deployment of this application named it
 
     def ready(self) -> None:
         """Answer once the store can be used."""

@@ -9,19 +9,22 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import ray
 from ray.actor import ActorHandle
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from serve_app.config import StoreArgs
+from serve_app.config import CompatNamespace, StoreArgs
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
 from serve_app.store.keys import verify
 from serve_app.store.shard import Shard, ShardIdentity
 
 NAMESPACE = "r3serve"
+COMPAT_NAME = "shared_store"
+COMPAT_NAMESPACES: tuple[CompatNamespace, ...] = get_args(CompatNamespace)
+_COMPAT_TIMEOUT_S = 5.0
 _DIRECTORY = "directory"
 _SHARD_ID = re.compile("[0-9a-f]{10}")
 
@@ -142,8 +145,26 @@ def list_shards(app: str) -> list[str]:
 
 def list_actors(app: str) -> list[ActorHandle[Any]]:
     """Return the application's detached actors: shards, directory and whatever else it has."""
-    found = (find_shard(app, name) for name in _names(app))
+    found = [find_shard(app, name) for name in _names(app)]
+    found += [find_compat(app, namespace) for namespace in COMPAT_NAMESPACES]
     return [actor for actor in found if actor is not None]
+
+
+def find_compat(app: str, namespace: CompatNamespace) -> ActorHandle[Any] | None:
+    """Find the application's ``shared_store`` in a namespace, None if there is none of its own."""
+    try:
+        actor: ActorHandle[Any] = ray.get_actor(COMPAT_NAME, namespace=namespace)
+        return actor if compat_owner(actor, _COMPAT_TIMEOUT_S) == app else None
+    except (ValueError, ray.exceptions.RayError):
+        return None
+
+
+def compat_owner(actor: ActorHandle[Any], timeout_s: float) -> str | None:
+    """Return the application that a ``shared_store`` belongs to, None if upstream made it."""
+    try:
+        return str(ray.get(actor.r3serve_application.remote(), timeout=timeout_s))
+    except AttributeError:
+        return None
 
 
 def _names(app: str) -> list[str]:

@@ -5,6 +5,7 @@ to the object store once, the shard owns them, and the producer's event loop cop
 """
 
 import itertools
+import secrets
 from typing import Any
 
 import numpy.typing as npt
@@ -12,7 +13,8 @@ import numpy.typing as npt
 Batch = list[npt.NDArray[Any]]
 
 _waiting: dict[int, Batch] = {}
-_numbers = itertools.count()
+# Ray may repeat a shard's call in a restarted process: it must find no other batch there.
+_numbers = itertools.count(secrets.randbits(48))
 
 
 def leave(batch: Batch) -> int:
