@@ -7,6 +7,7 @@ from serve_app.types import (
     GenerateChunk,
     GenerateRequest,
     GenerateResult,
+    RankSlice,
     RoutedSequence,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "GenerateChunk",
     "GenerateRequest",
     "GenerateResult",
+    "RankSlice",
     "RoutedExpertsClient",
     "RoutedSequence",
 ]

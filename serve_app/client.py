@@ -7,7 +7,7 @@ of `serve_app.errors`. `serve_app.async_client` has the same, awaited.
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
@@ -19,12 +19,14 @@ from serve_app.served import Handles, ServedGraph, wait_answer
 from serve_app.store.archive import restore, save
 from serve_app.store.snapshot import Progress, SnapshotReport
 from serve_app.types import (
+    BatchSpec,
     ExpertBatch,
     GenerateChunk,
     GenerateRequest,
     GenerateResult,
     OnMissing,
     OutputDtype,
+    RankSlice,
     RoutedSequence,
     SleepLevel,
     StoreStats,
@@ -173,19 +175,26 @@ class RoutedExpertsClient:
         self,
         sequences: Sequence[RoutedSequence],
         *,
+        layout: Literal["packed", "padded"] = "packed",
         dtype: OutputDtype | None = None,
+        rank: RankSlice | None = None,
         on_missing: OnMissing = "raise",
+        pad: Literal["mask", "spread", "random"] = "mask",
+        pad_seed: int = 0,
         where: Where = "auto",
         out: "torch.Tensor | None" = None,
     ) -> ExpertBatch:
-        """Turn keys into one packed tensor ``[tokens, layers, top_k]`` and its validity.
+        """Turn keys into one tensor ``[tokens, layers, top_k]`` and its validity.
 
-        ``dtype=None`` keeps the stored width. ``out``, a CPU tensor of the right shape and
-        dtype, is filled instead of a new one. ``where="local"`` assembles in this process
-        straight from shared memory, ``"decoder"`` in a decoder replica, ``"auto"`` locally if
-        all bytes are on this node. See `serve_app.materialize.materialize` for the errors.
+        ``rank`` cuts one trainer rank's rows and layers out; see `serve_app.types.RankSlice`, and
+        `BatchSpec` for ``layout`` and ``pad``. ``dtype=None`` keeps the stored width. ``out``, a
+        CPU tensor of the right shape and dtype, is filled instead of a new one.
+        ``where="local"`` assembles in this process straight from shared memory, ``"decoder"`` in
+        a decoder replica, ``"auto"`` locally if all bytes are on this node. See
+        `serve_app.materialize.materialize` for the errors.
         """
-        return self._reader.materialize(sequences, dtype, on_missing, where, out)
+        spec = BatchSpec(dtype, on_missing, layout, rank or RankSlice(), pad, pad_seed)
+        return self._reader.materialize(sequences, spec, where, out)
 
     def prefetch(self, sequences: Sequence[RoutedSequence], **how: Any) -> "Future[ExpertBatch]":
         """Start `materialize` in the background; ``.result()`` gives its batch."""

@@ -6,10 +6,7 @@ on the same shard stores only the rows that its parent lacks; elsewhere it store
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from serve_app.assemble.layout import fill
-from serve_app.assemble.stitch import stitch
+from serve_app.assemble.joining import joined
 from serve_app.errors import RecordError
 from serve_app.records import Record, RecordMeta, make_record
 from serve_app.store.base import RecordStore
@@ -24,26 +21,6 @@ def covered(chain: Sequence[RecordMeta]) -> int:
             break
         rows = max(rows, meta.stop)
     return rows
-
-
-def joined(segments: Sequence[Record]) -> Record:
-    """Copy a chain of records into one; its version is the newest segment's."""
-    first, last = segments[0].meta, segments[-1].meta
-    start = min(segment.meta.start for segment in segments)
-    rows = max(segment.meta.stop for segment in segments) - start
-    ids = np.zeros((rows, first.layers, first.top_k), first.dtype)
-    valid = np.zeros(rows, dtype=np.bool_)
-    fill(ids, valid, segments, stitch(segments, start, rows))
-    whole = make_record(
-        ids,
-        num_experts=first.num_experts,
-        start=start,
-        moe_layers=first.moe_layers,
-        weight_version=last.weight_version,
-        valid=valid,
-    )
-    whole.ids.flags.writeable = False
-    return whole
 
 
 def continued(store: RecordStore, record: Record, parent: str) -> tuple[Record, str | None]:

@@ -6,13 +6,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.assemble.layout import cumulative, fill
-from serve_app.assemble.stitch import Stitched, stitch
+from serve_app.assemble.layout import Padding, columns_of, fill
+from serve_app.assemble.ranks import packed_rows, padded_rows
+from serve_app.assemble.stitch import stitch
 from serve_app.errors import KeyExpired, RecordError, RoutesGap, RoutesLost
-from serve_app.records import OUTPUT_DTYPES, Record
+from serve_app.records import Record
 from serve_app.store.base import RecordStore, Segments, Unreadable
 from serve_app.store.keys import shorten
-from serve_app.types import MissingRows, OnMissing, OutputDtype, PackedExperts, RoutedSequence
+from serve_app.types import (
+    BatchSpec,
+    MissingRows,
+    OutputDtype,
+    PackedExperts,
+    RoutedSequence,
+)
 
 _MASKABLE = (RoutesLost, KeyExpired)
 
@@ -20,55 +27,67 @@ _MASKABLE = (RoutesLost, KeyExpired)
 def materialize(
     store: RecordStore,
     sequences: Sequence[RoutedSequence],
-    *,
-    dtype: OutputDtype | None = None,
-    on_missing: OnMissing = "raise",
+    spec: BatchSpec | None = None,
     out: npt.NDArray[Any] | None = None,
 ) -> PackedExperts:
     """Turn sequences of keys into ids ``[tokens, layers, top_k]`` and what comes with them.
 
-    ``dtype=None`` keeps the stored width. ``out`` is filled instead of a new array; its shape
-    and dtype must fit. With ``on_missing="mask"`` gaps, lost and expired keys become rows with
-    ``valid=False`` and are listed in ``missing``; otherwise they raise `RoutesGap`, `RoutesLost`
-    or `KeyExpired`. Unknown and released keys always raise, and so do records of another model.
+    ``out`` is filled instead of a new array; its shape and dtype must fit. With
+    ``on_missing="mask"`` gaps, lost and expired keys become rows with ``valid=False`` and are
+    listed in ``missing``; otherwise they raise `RoutesGap`, `RoutesLost` or `KeyExpired`.
+    Unknown and released keys always raise, and so do records of another model, and splits that
+    do not come out even (ValueError).
     """
+    spec = spec or BatchSpec()
     if not sequences:
         raise ValueError("materialize needs at least one sequence, got none")
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"dtype must be one of {OUTPUT_DTYPES}, got {dtype!r}")
     fetched = store.fetch([sequence.key for sequence in sequences])
-    readable = [_readable(sequences[i], found, on_missing) for i, found in enumerate(fetched)]
+    readable = [_readable(sequences[i], found, spec) for i, found in enumerate(fetched)]
     model = _one_model(sequences, readable)
-    plans = [
-        stitch(segments, sequence.first, sequence.length) if segments else None
-        for sequence, segments in zip(sequences, readable, strict=True)
-    ]
-    missing = _missing(sequences, plans, fetched)
-    if missing and on_missing == "raise":
+    missing = _missing(sequences, readable, fetched)
+    if missing and spec.on_missing == "raise":
         gap = missing[0]
         raise RoutesGap(
             f"sequence {gap.index}, key {shorten(sequences[gap.index].key)}: rows {gap.first} to"
             f" {gap.first + gap.count - 1} were never captured"
         )
-    boundaries = cumulative([sequence.length for sequence in sequences])
-    shape = (int(boundaries[-1]), model.meta.layers, model.meta.top_k)
-    ids = _destination(out, shape, model.meta.dtype, dtype)
-    valid = np.empty(shape[0], dtype=np.bool_)
-    for index, (segments, plan) in enumerate(zip(readable, plans, strict=True)):
-        rows = slice(boundaries[index], boundaries[index + 1])
-        if segments is None or plan is None:
-            ids[rows], valid[rows] = 0, False
-        else:
-            fill(ids[rows], valid[rows], segments, plan)
-    return PackedExperts(ids, valid, boundaries, model.moe_layers, model.num_experts, missing)
+    lengths = [sequence.length for sequence in sequences]
+    lay_out = padded_rows if spec.layout == "padded" else packed_rows
+    rows = lay_out(lengths, spec.rank)
+    columns = columns_of(model.meta.layers, model.moe_layers, spec)
+    lead = (
+        (len(sequences), rows.rows // len(sequences)) if spec.layout == "padded" else (rows.rows,)
+    )
+    ids = _destination(out, (*lead, len(columns), model.meta.top_k), model.meta.dtype, spec.dtype)
+    valid = np.empty(lead, dtype=np.bool_)
+    flat, flat_valid = ids.reshape(rows.rows, *ids.shape[-2:]), valid.reshape(rows.rows)
+    padding, at = Padding(spec, model.num_experts), 0
+    for piece in rows.pieces:
+        here = slice(at, at := at + piece.count)
+        segments = None if piece.sequence is None else readable[piece.sequence]
+        if segments is None or piece.sequence is None:
+            padding.fill(flat[here], flat_valid[here])
+            continue
+        plan = stitch(segments, sequences[piece.sequence].first + piece.first, piece.count)
+        fill(flat[here], flat_valid[here], segments, plan, columns, padding)
+    moe = tuple(layer for layer in columns if layer in set(model.moe_layers))
+    return PackedExperts(
+        ids=ids,
+        valid=valid,
+        cu_seqlens=np.array(rows.boundaries, dtype=np.int32),
+        layers=moe,
+        columns=columns,
+        num_experts=model.num_experts,
+        missing=missing,
+    )
 
 
 def _readable(
-    sequence: RoutedSequence, found: Segments | Unreadable, on_missing: OnMissing
+    sequence: RoutedSequence, found: Segments | Unreadable, spec: BatchSpec
 ) -> Segments | None:
     if isinstance(found, list):
         return found
-    if on_missing == "mask" and isinstance(found, _MASKABLE):
+    if spec.on_missing == "mask" and isinstance(found, _MASKABLE):
         return None
     raise type(found)(f"key {shorten(sequence.key)}: {found}")
 
@@ -95,15 +114,16 @@ def _shape(record: Record) -> tuple[int, int, int, tuple[int, ...]]:
 
 def _missing(
     sequences: Sequence[RoutedSequence],
-    plans: list[Stitched | None],
+    readable: list[Segments | None],
     fetched: list[Segments | Unreadable],
 ) -> tuple[MissingRows, ...]:
     missing: list[MissingRows] = []
-    for index, (sequence, plan) in enumerate(zip(sequences, plans, strict=True)):
-        if plan is None:
+    for index, (sequence, segments) in enumerate(zip(sequences, readable, strict=True)):
+        if segments is None:
             why = type(fetched[index]).__name__
             missing.append(MissingRows(index, 0, sequence.length, why))
         else:
+            plan = stitch(segments, sequence.first, sequence.length)
             missing += [MissingRows(index, *span, "RoutesGap") for span in plan.missing]
     return tuple(missing)
 
@@ -119,7 +139,8 @@ def _destination(
         raise RecordError(f"{dtype} cannot hold every id stored as {stored}")
     if out is None:
         return np.empty(shape, dtype=dtype)
-    if out.shape != shape or out.dtype != dtype or not out.flags.writeable:
+    usable = out.flags.c_contiguous and out.flags.writeable
+    if out.shape != shape or out.dtype != dtype or not usable:
         raise ValueError(
             f"out must be a writable {dtype}{list(shape)}, got {out.dtype}{list(out.shape)}"
         )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
-from serve_app.continuing import joined
+from serve_app.assemble.joining import joined
 from serve_app.errors import DecoderUnavailable, EngineUnavailable
 from serve_app.materialize import materialize
 from serve_app.records import Record
@@ -17,9 +17,8 @@ from serve_app.served import ServedGraph, wait_answer
 from serve_app.store.client import ShardStore
 from serve_app.store.keys import shorten
 from serve_app.types import (
+    BatchSpec,
     ExpertBatch,
-    OnMissing,
-    OutputDtype,
     PackedExperts,
     RoutedSequence,
     Where,
@@ -45,8 +44,7 @@ class Reader:
     def materialize(
         self,
         sequences: Sequence[RoutedSequence],
-        dtype: OutputDtype | None,
-        on_missing: OnMissing,
+        spec: BatchSpec,
         where: Where,
         out: "torch.Tensor | None",
     ) -> ExpertBatch:
@@ -55,13 +53,11 @@ class Reader:
             raise ValueError(f"where must be 'auto', 'local' or 'decoder', got {where!r}")
         target = None if out is None else out.numpy()
         if where == "decoder" or (where == "auto" and not self._all_local(sequences)):
-            packed = self._ask_decoder(sequences, dtype, on_missing)
+            packed = self._ask_decoder(sequences, spec)
             if target is not None:
                 packed = _copied(packed, target)
         else:
-            packed = materialize(
-                self._graph.store, sequences, dtype=dtype, on_missing=on_missing, out=target
-            )
+            packed = materialize(self._graph.store, sequences, spec, target)
         return _as_tensors(packed, out)
 
     def _all_local(self, sequences: Sequence[RoutedSequence]) -> bool:
@@ -70,20 +66,16 @@ class Reader:
             return True
         return all(store.is_local(sequence.key) for sequence in sequences)
 
-    def _ask_decoder(
-        self, sequences: Sequence[RoutedSequence], dtype: OutputDtype | None, on_missing: OnMissing
-    ) -> PackedExperts:
+    def _ask_decoder(self, sequences: Sequence[RoutedSequence], spec: BatchSpec) -> PackedExperts:
         """Call a decoder replica; once more if it died, since the bytes are not its own."""
         try:
-            return self._decode(sequences, dtype, on_missing)
+            return self._decode(sequences, spec)
         except DecoderUnavailable:
-            return self._decode(sequences, dtype, on_missing)
+            return self._decode(sequences, spec)
 
-    def _decode(
-        self, sequences: Sequence[RoutedSequence], dtype: OutputDtype | None, on_missing: OnMissing
-    ) -> PackedExperts:
+    def _decode(self, sequences: Sequence[RoutedSequence], spec: BatchSpec) -> PackedExperts:
         timeout_s = self._graph.timeout_s
-        response = self._graph.decoder.materialize.remote(list(sequences), dtype, on_missing)
+        response = self._graph.decoder.materialize.remote(list(sequences), spec)
         try:
             answer: Any = wait_answer(response, timeout_s)
             if isinstance(answer, list):
@@ -113,6 +105,7 @@ def _as_tensors(packed: PackedExperts, out: "torch.Tensor | None") -> ExpertBatc
         valid=tensor_over(packed.valid),
         cu_seqlens=tensor_over(packed.cu_seqlens),
         layers=packed.layers,
+        columns=packed.columns,
         num_experts=packed.num_experts,
         missing=packed.missing,
     )

@@ -20,7 +20,6 @@ Rows = npt.NDArray[np.bool_]
 
 FORMAT_VERSION = 1
 MAX_EXPERTS = 65_535
-OUTPUT_DTYPES = ("uint8", "uint16", "int32", "int64")
 
 
 def narrowest_dtype(num_experts: int) -> np.dtype[Any]:

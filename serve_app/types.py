@@ -129,6 +129,78 @@ class RoutedSequence:
             )
 
 
+Tail = Literal["last_sequence", "own_sequence", "rank"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankSlice:
+    """One trainer rank's part of a batch; the default is the whole batch.
+
+    Applied in this order: each sequence is padded to ``seq_multiple`` rows (2·cp for zigzag,
+    tp·2·cp with sequence parallelism); the total to ``total_multiple``, by lengthening the last
+    sequence, by one more sequence, or at the end of each rank's own rows (``tail``); context
+    parallel ranks take their chunks, per sequence (``zigzag``, as Megatron) or of the whole
+    buffer (``contiguous``); sequence parallel ranks take contiguous shares of that.
+    ``layers`` are global layer indices, in the order wanted (pipeline stages, virtual ones too);
+    ``dense_layers="drop"`` leaves out the columns of layers without experts.
+    """
+
+    seq_multiple: int = 1
+    total_multiple: int = 1
+    tail: Tail = "own_sequence"
+    cp_size: int = 1
+    cp_rank: int = 0
+    cp: Literal["zigzag", "contiguous"] = "zigzag"
+    sp_size: int = 1
+    sp_rank: int = 0
+    layers: tuple[int, ...] | None = None
+    dense_layers: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        """Refuse ranks outside their group and layers named twice or not at all."""
+        sizes = (self.seq_multiple, self.total_multiple, self.cp_size, self.sp_size)
+        named = self.layers is None or 0 < len(set(self.layers)) == len(self.layers)
+        if (
+            min(sizes) < 1
+            or not 0 <= self.cp_rank < self.cp_size
+            or not 0 <= self.sp_rank < self.sp_size
+            or self.tail not in ("last_sequence", "own_sequence", "rank")
+            or self.cp not in ("zigzag", "contiguous")
+            or self.dense_layers not in ("keep", "drop")
+            or not named
+        ):
+            raise ValueError(f"sizes >= 1, 0 <= rank < size, distinct layers expected, got {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSpec:
+    """What a materialized batch looks like.
+
+    ``layout="padded"`` gives ``[sequences, length, layers, top_k]``, right-padded. Padding and
+    masked rows are always ``valid=False``; their ids are 0 (``mask``), distinct and evenly
+    spread over the experts (``spread``), or random with ``pad_seed`` (``random``, as xtuner
+    pads), for trainers that route by the ids alone.
+    """
+
+    dtype: OutputDtype | None = None
+    on_missing: OnMissing = "raise"
+    layout: Literal["packed", "padded"] = "packed"
+    rank: RankSlice = RankSlice()
+    pad: Literal["mask", "spread", "random"] = "mask"
+    pad_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse words that are none of the choices."""
+        for name, choices in (
+            ("dtype", (None, "uint8", "uint16", "int32", "int64")),
+            ("on_missing", ("raise", "mask")),
+            ("layout", ("packed", "padded")),
+            ("pad", ("mask", "spread", "random")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class MissingRows:
     """Rows that were masked: ``count`` rows of sequence ``index``, from its row ``first`` on."""
@@ -147,16 +219,19 @@ class PackedExperts:
     valid: npt.NDArray[np.bool_]
     cu_seqlens: npt.NDArray[np.int32]
     layers: tuple[int, ...]
+    columns: tuple[int, ...]
     num_experts: int
     missing: tuple[MissingRows, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertBatch:
-    """Materialized routes of several sequences, packed.
+    """Materialized routes of several sequences.
 
-    ``ids`` ``[tokens, layers, top_k]``; ``valid`` bool ``[tokens]``, False = route natively;
-    ``cu_seqlens`` int32 ``[sequences + 1]``; ``layers`` the MoE layers' global indices.
+    ``ids`` ``[tokens, layers, top_k]`` (packed) or ``[sequences, length, layers, top_k]``;
+    ``valid`` bool, the same without the last two, False = route natively; ``cu_seqlens`` int32
+    ``[sequences + 1]``, the global padded boundaries; ``layers`` the MoE layers' global indices,
+    ``columns`` the global layer of each of the ids' layers.
     """
 
     ids: "torch.Tensor"
@@ -165,6 +240,7 @@ class ExpertBatch:
     layers: tuple[int, ...]
     num_experts: int
     missing: tuple[MissingRows, ...] = ()
+    columns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,12 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+from hypothesis import settings
+
 from examples.tiny_moe import write_checkpoint
+
+settings.register_profile("tests", deadline=None)  # no test asserts a time
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

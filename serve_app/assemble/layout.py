@@ -1,4 +1,4 @@
-"""Copy stitched rows into one packed array: a single pass over the bytes, widening included."""
+"""Copy stitched rows into an array: a single pass over the bytes, widening included."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,35 +8,72 @@ import numpy.typing as npt
 
 from serve_app.assemble.stitch import Stitched
 from serve_app.records import Record
+from serve_app.types import BatchSpec
 
 Array = npt.NDArray[Any]
+Valid = npt.NDArray[np.bool_]
 
 
-def cumulative(lengths: Sequence[int]) -> npt.NDArray[np.int32]:
-    """Return the boundaries ``[sequences + 1]`` of packed sequences."""
-    return np.cumsum([0, *lengths], dtype=np.int32)
+class Padding:
+    """Fills rows that no record covers with the ids that a batch's pad policy asks for."""
+
+    def __init__(self, spec: BatchSpec, num_experts: int) -> None:
+        self._policy = spec.pad
+        self._experts = num_experts
+        self._random = np.random.default_rng(spec.pad_seed)
+
+    def fill(self, ids: Array, valid: Valid) -> None:
+        """Fill ``ids`` ``[rows, layers, top_k]``; all of them are invalid, whatever the ids."""
+        valid[:] = False
+        if self._policy == "mask":
+            ids[:] = 0
+        elif self._policy == "random":
+            ids[:] = self._random.integers(0, self._experts, ids.shape)
+        else:
+            rows, _, top_k = ids.shape
+            ids[:] = (np.arange(rows * top_k).reshape(rows, 1, top_k)) % self._experts
+
+
+def columns_of(layers: int, moe_layers: Sequence[int], spec: BatchSpec) -> tuple[int, ...]:
+    """Return the global layers that a batch has, in order; ValueError for one that is not there."""
+    chosen = range(layers) if spec.rank.layers is None else spec.rank.layers
+    if unknown := [layer for layer in chosen if not 0 <= layer < layers]:
+        raise ValueError(f"layers must be in [0, {layers}), got {unknown}")
+    if spec.rank.dense_layers == "keep":
+        return tuple(chosen)
+    return tuple(layer for layer in chosen if layer in set(moe_layers))
 
 
 def fill(
     ids: Array,
-    valid: npt.NDArray[np.bool_],
+    valid: Valid,
     segments: Sequence[Record],
     plan: Stitched,
+    columns: Sequence[int],
+    padding: Padding,
 ) -> None:
-    """Fill one sequence's rows: ``ids`` ``[length, layers, top_k]``, ``valid`` ``[length]``.
-
-    Rows without a source get id 0 and ``valid=False``.
-    """
+    """Fill rows of one sequence: ``ids`` ``[rows, columns, top_k]``, ``valid`` ``[rows]``."""
     for first, count in plan.missing:
-        ids[first : first + count] = 0
-        valid[first : first + count] = False
+        padding.fill(ids[first : first + count], valid[first : first + count])
     if plan.tail:
-        ids[-1] = 0
-        valid[-1] = False
+        padding.fill(ids[-1:], valid[-1:])
     for run in plan.runs:
         segment, rows = segments[run.segment], slice(run.target, run.target + run.count)
-        np.copyto(ids[rows], segment.ids[run.source : run.source + run.count], casting="safe")
+        source = segment.ids[run.source : run.source + run.count]
+        for target_columns, source_columns in _blocks(columns):
+            np.copyto(ids[rows, target_columns], source[:, source_columns], casting="safe")
         valid[rows] = True
         for row in segment.meta.invalid:
             if run.source <= row < run.source + run.count:
                 valid[run.target + row - run.source] = False
+
+
+def _blocks(columns: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Group columns that stand next to each other in both arrays, so each copy is a large one."""
+    blocks: list[tuple[slice, slice]] = []
+    begin = 0
+    for at in range(1, len(columns) + 1):
+        if at == len(columns) or columns[at] != columns[at - 1] + 1:
+            blocks.append((slice(begin, at), slice(columns[begin], columns[at - 1] + 1)))
+            begin = at
+    return blocks

@@ -11,7 +11,7 @@ from serve_app.deployments.context import connect_store
 from serve_app.deployments.store import ExpertStore
 from serve_app.materialize import materialize
 from serve_app.store.base import RecordStore
-from serve_app.types import OnMissing, OutputDtype, PackedExperts, RoutedSequence
+from serve_app.types import BatchSpec, PackedExperts, RoutedSequence
 
 
 class ExpertDecoder:
@@ -26,10 +26,7 @@ class ExpertDecoder:
         self._store: RecordStore | None = None
 
     async def materialize(
-        self,
-        sequences: Sequence[RoutedSequence],
-        dtype: OutputDtype | None = None,
-        on_missing: OnMissing = "raise",
+        self, sequences: Sequence[RoutedSequence], spec: BatchSpec
     ) -> "PackedExperts | list[ray.ObjectRef[PackedExperts]]":
         """Do as `serve_app.materialize.materialize`; answer by reference where there is Ray.
 
@@ -37,9 +34,7 @@ class ExpertDecoder:
         """
         if self._store is None:
             self._store = await connect_store(self._store_args, self._supervisor)
-        packed = await asyncio.to_thread(
-            materialize, self._store, sequences, dtype=dtype, on_missing=on_missing
-        )
+        packed = await asyncio.to_thread(materialize, self._store, sequences, spec)
         if self._store_args.backend == "memory":
             return packed
         return [await asyncio.to_thread(ray.put, packed)]

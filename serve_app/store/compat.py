@@ -13,15 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from serve_app.assemble.layout import fill
-from serve_app.assemble.stitch import stitch
+from serve_app.assemble.joining import joined
 from serve_app.config import CompatNamespace, StoreArgs
 from serve_app.errors import (
     KeyUnreadable,
@@ -138,18 +136,14 @@ class CompatStore:
 
 def _whole(segments: Segments) -> Array:
     """Return one array from row 0 on; it has no way to mark a row as not captured."""
-    if len(segments) == 1 and not segments[0].start and not segments[0].meta.invalid:
-        return segments[0].ids
-    rows = max(segment.meta.stop for segment in segments)
-    plan, valid = stitch(segments, 0, rows), np.ones(rows, dtype=np.bool_)
-    ids = np.empty((rows, *segments[0].ids.shape[1:]), segments[0].ids.dtype)
-    fill(ids, valid, segments, plan)
-    if not valid.all():
+    whole = segments[0] if len(segments) == 1 else joined(segments)
+    if whole.start or whole.meta.invalid:
+        row = 0 if whole.start else whole.meta.invalid[0]
         raise RoutesGap(
-            f"row {int(valid.argmin())} must route natively, which an array from {COMPAT_NAME}"
-            " cannot say: materialize the key"
+            f"row {row} must route natively, which an array from {COMPAT_NAME} cannot say:"
+            " materialize the key"
         )
-    return ids
+    return whole.ids
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from serve_app.assemble.joining import joined
 from serve_app.config import StoreArgs
-from serve_app.continuing import continued, covered, joined
+from serve_app.continuing import continued, covered
 from serve_app.errors import KeyReleased, RecordError
 from serve_app.records import Record, make_record
 from serve_app.store.memory import MemoryStore

@@ -13,7 +13,7 @@ from serve_app.materialize import materialize
 from serve_app.records import make_record
 from serve_app.store.keys import Key
 from serve_app.store.memory import MemoryStore
-from serve_app.types import OutputDtype, RoutedSequence
+from serve_app.types import BatchSpec, OutputDtype, RankSlice, RoutedSequence
 
 
 def store() -> MemoryStore:
@@ -58,7 +58,7 @@ def test_any_split_equals_the_naive_reference(
         for row in range(first, first + length):
             expected.append(truth.get(row, np.zeros((3, 2), int)))
             valid.append(row in truth)
-    packed = materialize(kept, sequences, dtype=dtype, on_missing="mask")
+    packed = materialize(kept, sequences, BatchSpec(dtype=dtype, on_missing="mask"))
     np.testing.assert_array_equal(packed.ids, np.stack(expected))
     np.testing.assert_array_equal(packed.valid, valid)
     assert packed.ids.dtype == np.dtype(dtype or ("uint8" if experts <= 256 else "uint16"))
@@ -83,7 +83,7 @@ def test_a_gap_raises_or_is_masked_and_listed() -> None:
     child = kept.put(make_record(routes(2), num_experts=16, start=4), parent=parent)
     with pytest.raises(RoutesGap, match="rows 2 to 3 were never captured"):
         materialize(kept, [RoutedSequence(child, 6)])
-    packed = materialize(kept, [RoutedSequence(child, 6)], on_missing="mask")
+    packed = materialize(kept, [RoutedSequence(child, 6)], BatchSpec(on_missing="mask"))
     assert packed.valid.tolist() == [True, True, False, False, True, True]
     assert [(gap.first, gap.count, gap.reason) for gap in packed.missing] == [(2, 2, "RoutesGap")]
 
@@ -94,18 +94,17 @@ def test_lost_keys_may_be_masked_unknown_and_released_ones_never() -> None:
     lost = Key("unit", "0000000000", 7, 0).sign(b"memory")
     with pytest.raises(RoutesLost):
         materialize(kept, [RoutedSequence(lost, 2)])
-    packed = materialize(
-        kept, [RoutedSequence(lost, 2), RoutedSequence(good, 2)], on_missing="mask"
-    )
+    both = [RoutedSequence(lost, 2), RoutedSequence(good, 2)]
+    packed = materialize(kept, both, BatchSpec(on_missing="mask"))
     assert packed.valid.tolist() == [False, False, True, True]
     assert packed.missing[0].reason == "RoutesLost"
     with pytest.raises(RoutesLost, match="not even their shape"):
-        materialize(kept, [RoutedSequence(lost, 2)], on_missing="mask")
+        materialize(kept, [RoutedSequence(lost, 2)], BatchSpec(on_missing="mask"))
     kept.release([gone])
     with pytest.raises(KeyReleased):
-        materialize(kept, [RoutedSequence(gone, 2)], on_missing="mask")
+        materialize(kept, [RoutedSequence(gone, 2)], BatchSpec(on_missing="mask"))
     with pytest.raises(UnknownKey):
-        materialize(kept, [RoutedSequence("made up", 2)], on_missing="mask")
+        materialize(kept, [RoutedSequence("made up", 2)], BatchSpec(on_missing="mask"))
 
 
 def test_rows_recorded_as_invalid_stay_invalid() -> None:
@@ -128,7 +127,7 @@ def test_out_is_filled_and_must_fit() -> None:
     kept = store()
     key = kept.put(make_record(routes(4), num_experts=16))
     out = np.empty((4, 3, 2), np.int64)
-    packed = materialize(kept, [RoutedSequence(key, 4)], dtype="int64", out=out)
+    packed = materialize(kept, [RoutedSequence(key, 4)], BatchSpec(dtype="int64"), out)
     assert packed.ids is out
     np.testing.assert_array_equal(out, routes(4))
     with pytest.raises(ValueError, match=r"out must be a writable uint8\[4, 3, 2\], got int64"):
@@ -139,7 +138,7 @@ def test_a_dtype_too_narrow_is_refused_not_wrapped() -> None:
     kept = store()
     key = kept.put(make_record(routes(4, 300), num_experts=300))
     with pytest.raises(RecordError, match="uint8 cannot hold every id stored as uint16"):
-        materialize(kept, [RoutedSequence(key, 4)], dtype="uint8")
+        materialize(kept, [RoutedSequence(key, 4)], BatchSpec(dtype="uint8"))
 
 
 @pytest.mark.parametrize(("length", "first"), [(0, 0), (-1, 0), (1, -1)])
@@ -151,3 +150,77 @@ def test_sequences_that_cannot_be_meant(length: int, first: int) -> None:
 def test_nothing_to_materialize_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
         materialize(store(), [])
+
+
+def two_sequences() -> tuple[MemoryStore, list[RoutedSequence]]:
+    kept = store()
+    first = kept.put(make_record(routes(7, seed=1), num_experts=16))
+    turn = kept.put(make_record(routes(4, seed=2), num_experts=16, start=7), parent=first)
+    other = kept.put(make_record(routes(5, seed=3), num_experts=16))
+    return kept, [RoutedSequence(turn, 12), RoutedSequence(other, 4, first=1)]
+
+
+@given(
+    cp=st.sampled_from([1, 2]),
+    layers=st.sampled_from([None, (0, 1), (2, 0), (1,)]),
+    tail=st.sampled_from(["last_sequence", "own_sequence"]),
+    style=st.sampled_from(["zigzag", "contiguous"]),
+    dtype=st.sampled_from([None, "int64"]),
+)
+def test_rank_slices_are_cut_out_of_the_whole_padded_batch(
+    cp: int, layers: tuple[int, ...] | None, tail: Any, style: Any, dtype: OutputDtype | None
+) -> None:
+    kept, sequences = two_sequences()
+    sizes = {"seq_multiple": 4, "total_multiple": 24, "tail": tail}
+    whole = materialize(kept, sequences, BatchSpec(rank=RankSlice(**sizes)))
+    for r in range(cp):
+        rank = RankSlice(**sizes, cp_size=cp, cp_rank=r, cp=style, layers=layers)
+        part = materialize(kept, sequences, BatchSpec(dtype=dtype, rank=rank))
+        rows = np.arange(24)
+        if cp > 1 and style == "contiguous":
+            rows = np.split(rows, cp)[r]
+        elif cp > 1:
+            chunks = [np.array_split(s, 2 * cp) for s in np.split(rows, whole.cu_seqlens[1:-1])]
+            rows = np.concatenate([np.r_[c[r], c[2 * cp - 1 - r]] for c in chunks])
+        columns = list(layers or (0, 1, 2))
+        np.testing.assert_array_equal(part.ids, whole.ids[rows][:, columns])
+        np.testing.assert_array_equal(part.valid, whole.valid[rows])
+        assert part.columns == tuple(columns)
+        np.testing.assert_array_equal(part.cu_seqlens, whole.cu_seqlens)
+
+
+def test_the_padded_layout() -> None:
+    kept, sequences = two_sequences()
+    packed = materialize(kept, sequences)
+    padded = materialize(kept, sequences, BatchSpec(layout="padded"))
+    assert padded.ids.shape == (2, 12, 3, 2)
+    np.testing.assert_array_equal(padded.ids[0], packed.ids[:12])
+    np.testing.assert_array_equal(padded.ids[1, :4], packed.ids[12:])
+    assert padded.valid.sum(1).tolist() == [11, 4]
+    assert padded.ids[1, 4:].max() == 0
+
+
+def test_dense_layers_can_be_dropped_and_unknown_ones_are_refused() -> None:
+    kept = store()
+    key = kept.put(make_record(routes(4), num_experts=16, moe_layers=(0, 2)))
+    dropped = materialize(
+        kept, [RoutedSequence(key, 4)], BatchSpec(rank=RankSlice(dense_layers="drop"))
+    )
+    np.testing.assert_array_equal(dropped.ids, routes(4)[:, [0, 2]])
+    assert dropped.columns == dropped.layers == (0, 2)
+    with pytest.raises(ValueError, match=r"layers must be in \[0, 3\), got \[3\]"):
+        materialize(kept, [RoutedSequence(key, 4)], BatchSpec(rank=RankSlice(layers=(0, 3))))
+
+
+@pytest.mark.parametrize("pad", ["mask", "spread", "random"])
+def test_padding_is_never_valid_whatever_its_ids(pad: Any) -> None:
+    kept, sequences = two_sequences()
+    spec = BatchSpec(pad=pad, pad_seed=3, rank=RankSlice(total_multiple=32))
+    packed = materialize(kept, sequences, spec)
+    assert packed.valid.tolist() == [True] * 11 + [False] + [True] * 4 + [False] * 16
+    padding = packed.ids[16:]
+    assert padding.max() < 16
+    if pad == "spread":
+        assert (padding[..., 0] != padding[..., 1]).all()
+        assert len(np.unique(padding)) == 16
+    np.testing.assert_array_equal(packed.ids, materialize(kept, sequences, spec).ids)

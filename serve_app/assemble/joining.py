@@ -1,0 +1,31 @@
+"""A chain of records as one record."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from serve_app.assemble.layout import Padding, fill
+from serve_app.assemble.stitch import stitch
+from serve_app.records import Record, make_record
+from serve_app.types import BatchSpec
+
+
+def joined(segments: Sequence[Record]) -> Record:
+    """Copy a chain of records into one; its version is the newest segment's."""
+    first, last = segments[0].meta, segments[-1].meta
+    start = min(segment.meta.start for segment in segments)
+    rows = max(segment.meta.stop for segment in segments) - start
+    ids = np.zeros((rows, first.layers, first.top_k), first.dtype)
+    valid = np.zeros(rows, dtype=np.bool_)
+    padding = Padding(BatchSpec(), first.num_experts)
+    fill(ids, valid, segments, stitch(segments, start, rows), range(first.layers), padding)
+    whole = make_record(
+        ids,
+        num_experts=first.num_experts,
+        start=start,
+        moe_layers=first.moe_layers,
+        weight_version=last.weight_version,
+        valid=valid,
+    )
+    whole.ids.flags.writeable = False
+    return whole

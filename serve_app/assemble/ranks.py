@@ -1,0 +1,134 @@
+"""Which rows of the padded batch one trainer rank gets, and from which sequence each comes.
+
+One fixed order, so that every rank computes the same: pad each sequence to a multiple, pad the
+total, split over context parallel ranks, pad the rank's rows, split over sequence parallel ranks.
+Gathered over all ranks in the same order, the pieces are the whole padded batch.
+
+Zigzag is Megatron's load balancing for causal attention: each padded sequence is cut into
+2·cp chunks, and rank r takes chunk r and, counted from the end, chunk r again.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from serve_app.types import RankSlice
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``count`` rows from row ``first`` of a sequence on; of padding where it is None."""
+
+    sequence: int | None
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankRows:
+    """A rank's rows in order, and the global padded boundaries ``[sequences + 1]``."""
+
+    pieces: list[Piece]
+    boundaries: list[int]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the rank gets."""
+        return sum(piece.count for piece in self.pieces)
+
+
+def packed_rows(lengths: Sequence[int], rank: RankSlice) -> RankRows:
+    """Lay sequences out one after the other (varlen) and cut a rank's part out.
+
+    Raises ValueError when a split does not come out even; the multiples are there to see to it.
+    """
+    padded = [_up(length, rank.seq_multiple) for length in lengths]
+    surplus = _up(sum(padded), rank.total_multiple) - sum(padded)
+    if surplus and rank.tail == "last_sequence":
+        padded[-1] += surplus
+    elif surplus and rank.tail == "own_sequence":
+        padded.append(surplus)
+    boundaries = [0, *accumulate(padded)]
+    ranges = _context_parallel(boundaries, rank)
+    if rank.tail == "rank":
+        count = sum(end - begin for begin, end in ranges)
+        ranges.append((boundaries[-1], boundaries[-1] + _up(count, rank.total_multiple) - count))
+    return RankRows(_pieces(_sequence_parallel(ranges, rank), lengths, boundaries), boundaries)
+
+
+def padded_rows(lengths: Sequence[int], rank: RankSlice) -> RankRows:
+    """Right-pad every sequence to the longest one's multiple; a rank gets each one's part."""
+    if rank.total_multiple > 1 or rank.sp_size > 1 or (rank.cp_size > 1 and rank.cp != "zigzag"):
+        raise ValueError(
+            "the padded layout splits each sequence alone: expected cp='zigzag', sp_size=1 and"
+            f" total_multiple=1, got {rank}"
+        )
+    longest = _up(max(lengths), rank.seq_multiple)
+    boundaries = [longest * index for index in range(len(lengths) + 1)]
+    return RankRows(_pieces(_context_parallel(boundaries, rank), lengths, boundaries), boundaries)
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _context_parallel(boundaries: list[int], rank: RankSlice) -> list[Range]:
+    total, size, index = boundaries[-1], rank.cp_size, rank.cp_rank
+    if size == 1:
+        return [(0, total)]
+    if rank.cp == "contiguous":
+        share = _share(total, size, "rows of the padded batch", "cp_size")
+        return [(index * share, (index + 1) * share)]
+    ranges: list[Range] = []
+    for begin, end in pairwise(boundaries):
+        chunk = _share(end - begin, 2 * size, "rows of a padded sequence", "2 * cp_size")
+        starts = (begin + number * chunk for number in (index, 2 * size - 1 - index))
+        ranges += [(start, start + chunk) for start in starts]
+    return ranges
+
+
+def _sequence_parallel(ranges: list[Range], rank: RankSlice) -> list[Range]:
+    count = sum(end - begin for begin, end in ranges)
+    share = _share(count, rank.sp_size, "rows of the rank", "sp_size")
+    first, stop = rank.sp_rank * share, (rank.sp_rank + 1) * share
+    kept: list[Range] = []
+    at = 0
+    for begin, end in ranges:
+        low, high = max(first, at), min(stop, at + end - begin)
+        if low < high:
+            kept.append((begin + low - at, begin + high - at))
+        at += end - begin
+    return kept
+
+
+def _share(count: int, parts: int, what: str, by: str) -> int:
+    if count % parts:
+        raise ValueError(
+            f"{count} {what} do not divide by {by} = {parts}; raise seq_multiple or total_multiple"
+        )
+    return count // parts
+
+
+def _pieces(ranges: list[Range], lengths: Sequence[int], boundaries: list[int]) -> list[Piece]:
+    return [piece for span in ranges for piece in _split(span, lengths, boundaries)]
+
+
+def _split(span: Range, lengths: Sequence[int], boundaries: list[int]) -> Iterator[Piece]:
+    """Cut a range of padded rows where sequences and their padding begin."""
+    at, end = span
+    while at < end:
+        index = bisect_right(boundaries, at) - 1
+        if index >= len(lengths):
+            yield Piece(None, 0, end - at)
+            return
+        real_end, stop = boundaries[index] + lengths[index], min(end, boundaries[index + 1])
+        if at < real_end:
+            count = min(real_end, stop) - at
+            yield Piece(index, at - boundaries[index], count)
+        else:
+            count = stop - at
+            yield Piece(None, 0, count)
+        at += count

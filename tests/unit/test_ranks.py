@@ -1,0 +1,135 @@
+"""Rank slices: gathered over all ranks they are the whole, against a reference of a few lines."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.assemble.ranks import RankRows, packed_rows, padded_rows
+from serve_app.types import RankSlice
+
+PAD = -1
+
+
+def rows_of(rank: RankRows, lengths: list[int]) -> list[int]:
+    """Global numbers of a rank's rows in the unpadded batch, PAD for padding."""
+    starts = np.cumsum([0, *lengths]).tolist()
+    rows: list[int] = []
+    for piece in rank.pieces:
+        if piece.sequence is None:
+            rows += [PAD] * piece.count
+        else:
+            first = starts[piece.sequence] + piece.first
+            assert piece.first + piece.count <= lengths[piece.sequence]
+            rows += range(first, first + piece.count)
+    assert len(rows) == rank.rows
+    return rows
+
+
+def whole(lengths: list[int], seq_multiple: int) -> list[list[int]]:
+    """Each padded sequence's rows, by the definition."""
+    number, sequences = 0, list[list[int]]()
+    for length in lengths:
+        rows = list(range(number, number + length))
+        number += length
+        sequences.append(rows + [PAD] * (-length % seq_multiple))
+    return sequences
+
+
+lengths_of = st.lists(st.integers(1, 20), min_size=1, max_size=5)
+
+
+@given(
+    lengths=lengths_of,
+    cp=st.sampled_from([1, 2, 4]),
+    sp=st.sampled_from([1, 2]),
+    extra=st.sampled_from([1, 3]),
+    tail=st.sampled_from(["last_sequence", "own_sequence", "rank"]),
+    style=st.sampled_from(["zigzag", "contiguous"]),
+)
+def test_all_ranks_together_are_the_whole(
+    lengths: list[int], cp: int, sp: int, extra: int, tail: str, style: str
+) -> None:
+    multiple = 2 * cp * sp * extra
+    total = 4 * multiple
+    sequences = whole(lengths, multiple)
+    surplus = -sum(map(len, sequences)) % total
+    if tail == "last_sequence":
+        sequences[-1] += [PAD] * surplus
+    elif tail == "own_sequence" and surplus:
+        sequences.append([PAD] * surplus)
+    flat = [row for sequence in sequences for row in sequence]
+    for r in range(cp):
+        if style == "contiguous" or cp == 1:
+            share = len(flat) // cp
+            expected = flat[r * share : (r + 1) * share]
+        else:
+            chunks = [np.array_split(np.array(rows), 2 * cp) for rows in sequences]
+            expected = np.concatenate([np.r_[c[r], c[2 * cp - 1 - r]] for c in chunks]).tolist()
+        if tail == "rank":
+            expected += [PAD] * (-len(expected) % total)
+        gathered: list[int] = []
+        for s in range(sp):
+            slice_ = RankSlice(
+                seq_multiple=multiple,
+                total_multiple=total,
+                tail=tail,  # type: ignore[arg-type]
+                cp_size=cp,
+                cp_rank=r,
+                cp=style,  # type: ignore[arg-type]
+                sp_size=sp,
+                sp_rank=s,
+            )
+            rank = packed_rows(lengths, slice_)
+            gathered += rows_of(rank, lengths)
+            assert rank.boundaries == np.cumsum([0, *map(len, sequences)]).tolist()
+        assert gathered == expected
+
+
+@given(lengths=lengths_of, cp=st.sampled_from([1, 2, 4]))
+def test_the_padded_layout_right_pads_each_sequence(lengths: list[int], cp: int) -> None:
+    longest = -(-max(lengths) // (2 * cp)) * 2 * cp
+    sequences = [rows + [PAD] * (longest - len(rows)) for rows in whole(lengths, 1)]
+    for r in range(cp):
+        rank = padded_rows(lengths, RankSlice(seq_multiple=2 * cp, cp_size=cp, cp_rank=r))
+        expected: list[int] = []
+        for rows in sequences:
+            chunks = np.array_split(np.array(rows), 2 * cp)
+            expected += np.r_[chunks[r], chunks[2 * cp - 1 - r]].tolist() if cp > 1 else rows
+        assert rows_of(rank, lengths) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (RankSlice(cp_size=2), r"5 rows of a padded sequence do not divide by 2 \* cp_size = 4"),
+        (RankSlice(cp_size=2, cp="contiguous"), "5 rows of the padded batch"),
+        (RankSlice(sp_size=2), "5 rows of the rank do not divide by sp_size = 2"),
+    ],
+)
+def test_an_uneven_split_is_refused(rank: RankSlice, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        packed_rows([5], rank)
+
+
+def test_the_padded_layout_refuses_what_crosses_sequences() -> None:
+    with pytest.raises(ValueError, match="splits each sequence alone"):
+        padded_rows([4, 4], RankSlice(sp_size=2))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cp_size": 2, "cp_rank": 2},
+        {"sp_rank": 1},
+        {"seq_multiple": 0},
+        {"tail": "front"},
+        {"cp": "ring"},
+        {"layers": ()},
+        {"layers": (1, 1)},
+        {"dense_layers": "hide"},
+    ],
+)
+def test_slices_that_cannot_be_meant(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="RankSlice"):
+        RankSlice(**wrong)  # type: ignore[arg-type]
