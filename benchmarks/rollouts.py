@@ -1,0 +1,66 @@
+"""Finished rollouts of one shape, put the way an engine puts them: from its asyncio actor."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from serve_app.records import Record, make_record, narrowest_dtype
+from serve_app.store.client import connect
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """``count`` rollouts of ``[rows, layers, top_k]``."""
+
+    count: int
+    rows: int
+    layers: int
+    top_k: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``64x4096x48x8``."""
+        count, rows, layers, top_k = (int(part) for part in text.split("x"))
+        return cls(count, rows, layers, top_k)
+
+    @property
+    def each(self) -> tuple[int, int, int]:
+        return self.rows, self.layers, self.top_k
+
+    @property
+    def packed(self) -> tuple[int, int, int]:
+        return self.count * self.rows, self.layers, self.top_k
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.rows}x{self.layers}x{self.top_k}"
+
+
+class RolloutEngine:
+    """Stands in for an engine replica; runs as an actor. Its routes are random."""
+
+    def __init__(self, shape: Shape, num_experts: int) -> None:
+        self._records = [_record(shape, num_experts, seed) for seed in range(shape.count)]
+
+    async def put(self, app: str) -> list[str]:
+        """Put all rollouts at once; the shard pulls them out of this process."""
+        me = ray.get_runtime_context().current_actor
+        store = await asyncio.to_thread(connect, app, me)
+        return await asyncio.gather(*(store.aput(record) for record in self._records))
+
+    async def put_upstream(self, store: Any) -> list[str]:
+        """Put all rollouts as LMDeploy does: uint16, by value, into one actor."""
+        arrays = [record.ids.astype(np.uint16) for record in self._records]
+        keys: list[str] = await asyncio.gather(*(store.put.remote(array) for array in arrays))
+        return keys
+
+
+def _record(shape: Shape, num_experts: int, seed: int) -> Record:
+    dtype = narrowest_dtype(num_experts)
+    ids: npt.NDArray[Any] = np.random.default_rng(seed).integers(
+        num_experts, size=shape.each, dtype=dtype
+    )
+    return make_record(ids, num_experts=num_experts)
