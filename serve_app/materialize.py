@@ -1,6 +1,6 @@
 """Keys to a packed tensor: fetch, stitch, lay out. The one path of the client and the decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from serve_app.types import (
     RoutedSequence,
 )
 
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
+"""Makes an array of a shape and dtype; what is in it does not matter."""
+
 _MASKABLE = (RoutesLost, KeyExpired)
 
 
@@ -29,12 +32,13 @@ def materialize(
     sequences: Sequence[RoutedSequence],
     spec: BatchSpec | None = None,
     out: npt.NDArray[Any] | None = None,
+    allocate: Allocate = np.empty,
 ) -> PackedExperts:
     """Turn sequences of keys into ids ``[tokens, layers, top_k]`` and what comes with them.
 
-    ``out`` is filled instead of a new array; its shape and dtype must fit. With
-    ``on_missing="mask"`` gaps, lost and expired keys become rows with ``valid=False`` and are
-    listed in ``missing``; otherwise they raise `RoutesGap`, `RoutesLost` or `KeyExpired`.
+    ``out`` is filled instead of a new array, which ``allocate`` makes; its shape and dtype must
+    fit. With ``on_missing="mask"`` gaps, lost and expired keys become rows with ``valid=False``
+    and are listed in ``missing``; otherwise they raise `RoutesGap`, `RoutesLost` or `KeyExpired`.
     Unknown and released keys always raise, and so do records of another model, and splits that
     do not come out even (ValueError).
     """
@@ -58,7 +62,8 @@ def materialize(
     lead = (
         (len(sequences), rows.rows // len(sequences)) if spec.layout == "padded" else (rows.rows,)
     )
-    ids = _destination(out, (*lead, len(columns), model.meta.top_k), model.meta.dtype, spec.dtype)
+    shape = (*lead, len(columns), model.meta.top_k)
+    ids = _destination(out, shape, model.meta.dtype, spec.dtype, allocate)
     valid = np.empty(lead, dtype=np.bool_)
     flat, flat_valid = ids.reshape(rows.rows, *ids.shape[-2:]), valid.reshape(rows.rows)
     padding, at = Padding(spec, model.num_experts), 0
@@ -133,12 +138,13 @@ def _destination(
     shape: tuple[int, ...],
     stored: np.dtype[Any],
     asked: OutputDtype | None,
+    allocate: Allocate,
 ) -> npt.NDArray[Any]:
     dtype = np.dtype(asked) if asked else stored
     if not np.can_cast(stored, dtype, "safe"):
         raise RecordError(f"{dtype} cannot hold every id stored as {stored}")
     if out is None:
-        return np.empty(shape, dtype=dtype)
+        return allocate(shape, dtype)
     usable = out.flags.c_contiguous and out.flags.writeable
     if out.shape != shape or out.dtype != dtype or not usable:
         raise ValueError(
