@@ -10,6 +10,9 @@ from serve_app.engines.moe import family_of
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+# Layers with a state a row, whatever its length. They see no padding in a step of one token.
+STATEFUL = frozenset({"linear_attention", "conv"})
+OWN_CACHE = frozenset({"minimax"})  # families that take no other cache than their own
 
 Mask = torch.Tensor | dict[str, torch.Tensor]
 
@@ -19,17 +22,21 @@ class DecodeMask:
 
     Rows have different lengths, so a window cannot be left to the model, which slides it from
     the end of the longest row. Raises ValueError for a model with layers that keep anything but
-    keys and values of every token: a batch of slots would lose that silently.
+    keys and values of every token, or one state: a batch of slots would lose that silently.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         config: Any = model.config.get_text_config(decoder=True)
         types, details = get_layer_types_and_kwargs(config)
-        if unknown := set(types) - {FULL, SLIDING}:
+        known = {FULL, SLIDING} | STATEFUL
+        if STATEFUL.intersection(types):
+            known = set() if family_of(model) in OWN_CACHE else {FULL} | STATEFUL
+        if unknown := set(types) - known:
             raise ValueError(
-                f"{family_of(model)}: expected layers of {FULL} or {SLIDING},"
-                f" got {', '.join(sorted(unknown))}"
+                f"{family_of(model)}: expected layers of {FULL} or {SLIDING}, or {FULL} with"
+                f" {' or '.join(sorted(STATEFUL))}, got {', '.join(sorted(unknown))}"
             )
+        self.stateful = bool(STATEFUL.intersection(types))
         windows = {detail["sliding_window"] for detail in details if "sliding_window" in detail}
         if len(windows) > 1:
             raise ValueError(

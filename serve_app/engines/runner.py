@@ -1,7 +1,7 @@
 """Runs the model: one prompt into a cache of its own, or one token for every running row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ class Prompt:
     """A prompt being processed: its own cache, and ``logits`` ``[1, vocab]`` once it is done."""
 
     tokens: Sequence[int]
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: DynamicCache | None = None
     done: int = 0
     logits: torch.Tensor | None = None
 
@@ -54,6 +54,10 @@ class ModelRunner:
     @torch.inference_mode()
     def process(self, prompt: Prompt, tokens: int, *, record: bool) -> Ids | None:
         """Process up to ``tokens`` more of a prompt, alone; return their experts if wanted."""
+        if prompt.cache is None:
+            # Told the layers only where they differ: it would cut windows, which slots need whole.
+            config = self._model.config if self._mask.stateful else None
+            prompt.cache = DynamicCache(config=config)
         piece = prompt.tokens[prompt.done : prompt.done + tokens]
         logits, experts = self._forward(
             torch.tensor([piece], device=self._model.device), record=record, cache=prompt.cache
@@ -65,6 +69,7 @@ class ModelRunner:
     @torch.inference_mode()
     def join(self, prompt: Prompt) -> None:
         """Copy a processed prompt into the batch, as its last row."""
+        assert prompt.cache is not None
         self._slots.join(prompt.cache, len(prompt.tokens))
 
     @torch.inference_mode()

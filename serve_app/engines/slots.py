@@ -10,7 +10,15 @@ Rows ``0 .. running-1`` are in use; the last row moves into the place of one tha
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionLayer,
+)
+
+from serve_app.engines.states import StateLayer
 
 FIRST_COLUMNS = 256
 
@@ -21,8 +29,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     Made from a first request's own keys and values, whose shapes it takes.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, first: DynamicLayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        keys, values = _stored(first)
         self._keys = keys.new_zeros(0, keys.shape[1], 0, keys.shape[3])
         self._values = values.new_zeros(0, values.shape[1], 0, values.shape[3])
         self._positions = torch.empty(0, dtype=torch.long)
@@ -37,18 +46,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._keys = _grown(self._keys, rows, columns)
         self._values = _grown(self._values, rows, columns)
 
-    def insert(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Fill a row from ``[1, heads, tokens, head_dim]``."""
-        for mine, given in ((self._keys, keys), (self._values, values)):
+    def insert(self, row: int, layer: DynamicLayer) -> None:
+        """Fill a row from a request's own ``[1, heads, tokens, head_dim]``."""
+        for mine, given in zip((self._keys, self._values), _stored(layer), strict=True):
             tokens = given.shape[2]
             mine[row, :, :tokens] = given[0]
             # The mask gives what is behind weight 0, but 0 times a stale NaN is NaN.
             mine[row, :, tokens:] = 0
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
-        self._keys[target] = self._keys[source]
-        self._values[target] = self._values[source]
+    def leave(self, row: int, last: int) -> None:
+        """Remove a row; the last one takes its place."""
+        if row != last:
+            self._keys[row] = self._keys[last]
+            self._values[row] = self._values[last]
 
     def begin_step(self, positions: torch.Tensor, width: int) -> None:
         """Say where row *i*'s next token goes, ``positions[i]``, and how many columns are used."""
@@ -84,28 +94,26 @@ class SlotCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.lengths: list[int] = []
-        self._slots: list[SlotLayer] = []
+        self._slots: list[Any] = []  # SlotLayer or StateLayer
 
     def join(self, prefilled: DynamicCache, tokens: int) -> int:
         """Copy a request's own cache of ``tokens`` columns into the next row; return the row."""
-        stored = _stored(prefilled)
         if not self._slots:
-            self._slots = [SlotLayer(keys, values) for keys, values in stored]
+            self._slots = [_slots_like(layer) for layer in prefilled.layers]
             self.layers = list(self._slots)
         row = len(self.lengths)
         self.lengths.append(tokens)
         self._reserve()
-        for slot, (keys, values) in zip(self._slots, stored, strict=True):
-            slot.insert(row, keys, values)
+        for slot, layer in zip(self._slots, prefilled.layers, strict=True):
+            slot.insert(row, layer)
         return row
 
     def leave(self, row: int) -> None:
         """Free a row; the last row becomes this one."""
         last = len(self.lengths) - 1
-        if row != last:
-            for slot in self._slots:
-                slot.move(last, row)
-            self.lengths[row] = self.lengths[last]
+        for slot in self._slots:
+            slot.leave(row, last)
+        self.lengths[row] = self.lengths[last]
         self.lengths.pop()
         if not self.lengths:
             self.clear()
@@ -134,15 +142,18 @@ class SlotCache(Cache):
             slot.reserve(rows, columns)
 
 
-def _stored(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return keys and values of each layer, ``[1, heads, tokens, head_dim]``."""
-    pairs = []
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)
-        assert layer.keys is not None
-        assert layer.values is not None
-        pairs.append((layer.keys, layer.values))
-    return pairs
+def _slots_like(layer: Any) -> SlotLayer | StateLayer:
+    if isinstance(layer, LinearAttentionLayer):
+        return StateLayer(layer)
+    return SlotLayer(layer)
+
+
+def _stored(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a request's own keys and values, ``[1, heads, tokens, head_dim]``."""
+    assert type(layer) is DynamicLayer
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
 
 
 def _grown(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
