@@ -27,93 +27,95 @@ from benchmarks.machine import describe, versions
 from benchmarks.measuring import Target, Times
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.answer import Answer
-from serve_app.deployments.routes import RouteKeys
+from serve_app.deployments.context import LOCAL_APP
+from serve_app.deployments.engine import InferenceEngine
 from serve_app.engines.checkpoint import load_checkpoint
 from serve_app.engines.recording import ExpertRecorder
 from serve_app.engines.runner import ModelRunner, Prompt
-from serve_app.engines.transformers import TransformersEngine
 from serve_app.store.base import RecordStore
 from serve_app.store.client import connect
 from serve_app.store.directory import open_directory
-from serve_app.types import GenerateRequest
+from serve_app.types import GenerateRequest, GenerateResult
 
-APP = "engine"
 MODES = ("off", "inline", "key")
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"hidden": 128, "layers": 4, "experts": 16, "top_k": 4},
     "large": {"hidden": 512, "layers": 8, "experts": 64, "top_k": 8},
 }
 SCALING = {"small": 4.0, "large": 2.0}
+STORE = StoreArgs(leave_after_s=3600)
 PROMPT = list(range(3, 19))
 TURN = list(range(20, 28))
 
 
-class EngineHost:
-    """An actor with an engine, as a replica has it, and a way into the shard of its node."""
+class StoreIsUp:
+    """Stands for the store deployment, which a replica waits for; here its directory is open."""
 
-    def __init__(self, args: EngineArgs) -> None:
-        self._engine = TransformersEngine(args)
-        self._keys = RouteKeys(self._connect)
+    @property
+    def ready(self) -> "StoreIsUp":
+        return self
+
+    async def remote(self) -> None:
+        return None
+
+
+class EngineHost:
+    """An actor with what an engine replica runs, once with keys and once with arrays."""
+
+    def __init__(self, args: EngineArgs, store: StoreArgs) -> None:
+        arrays = args.model_copy(update={"enable_transfer_obj_ref": False})
+        up: Any = StoreIsUp()
+        by_key, inline = (InferenceEngine(one, store, up) for one in (args, arrays))
+        self._engines = {"off": by_key, "inline": inline, "key": by_key}
         self._store: RecordStore | None = None
 
     async def run(self, mode: str, concurrent: int, new: int) -> float:
         """Return the seconds that so many rollouts at once take, routes handed over."""
         begun = time.perf_counter()
-        answers = await asyncio.gather(
-            *(self._answer(PROMPT, mode, new) for _ in range(concurrent))
+        results = await asyncio.gather(
+            *(self._sample(PROMPT, mode, new) for _ in range(concurrent))
         )
         took = time.perf_counter() - begun
-        await self._release([key for _, key in answers if key is not None])
+        await self._release(results)
         return took
 
     async def converse(self, turns: int, new: int) -> dict[str, float]:
         """Hold one conversation off and by key, turn by turn; return the seconds of each."""
         seconds = {"off": 0.0, "key": 0.0}
-        tokens, key, keys = list(PROMPT), None, list[str]()
+        tokens, results = list(PROMPT), list[GenerateResult]()
         for turn in range(turns):
+            key = results[-1].routed_experts if results else None
+            assert key is None or isinstance(key, str)
             for mode in ("off", "key") if turn % 2 else ("key", "off"):
                 begun = time.perf_counter()
-                answer, made = await self._answer(tokens, mode, new, key)
+                result = await self._sample(tokens, mode, new, key if mode == "key" else None)
                 seconds[mode] += time.perf_counter() - begun
-                if made is not None:
-                    following = made
-            key = following
-            keys.append(key)
-            tokens = [*tokens, *answer.output_ids, *TURN]
-        await self._release(keys)
+                if mode == "key":
+                    results.append(result)
+            tokens = [*tokens, *results[-1].output_ids, *TURN]
+        await self._release(results)
         return seconds
 
-    async def _answer(
-        self, prompt: list[int], mode: str, new: int, continued: str | None = None
-    ) -> tuple[Answer, str | None]:
+    async def _sample(
+        self, prompt: list[int], mode: str, new: int, key: str | None = None
+    ) -> GenerateResult:
         request = GenerateRequest(
             input_ids=prompt,
             max_new_tokens=new,
             temperature=0.0,
             ignore_eos=True,
             return_routed_experts=mode != "off",
+            continue_from=key,
         )
-        earlier = None
-        if continued is not None and mode == "key":
-            earlier = await self._keys.earlier(continued, prompt, self._engine.info)
-        answer = Answer(request)
-        async for chunk in self._engine.generate(request):
-            answer.add(chunk)
-        assert answer.last is not None
-        assert (answer.last.record is None) == (mode == "off")
-        if mode != "key" or answer.last.record is None:
-            return answer, None
-        return answer, await self._keys.put(request, answer.last.record, answer.tokens, earlier)
+        result = await self._engines[mode].generate(request)
+        assert (result.routed_experts is None) == (mode == "off"), result.routed_experts_error
+        return result
 
-    async def _connect(self) -> RecordStore:
-        me = ray.get_runtime_context().current_actor
-        self._store = await asyncio.to_thread(connect, APP, me)
-        return self._store
-
-    async def _release(self, keys: Sequence[str]) -> None:
+    async def _release(self, results: Sequence[GenerateResult]) -> None:
+        keys = [r.routed_experts for r in results if isinstance(r.routed_experts, str)]
         if keys:
-            assert self._store is not None
+            if self._store is None:
+                self._store = await asyncio.to_thread(connect, LOCAL_APP)
             await asyncio.to_thread(self._store.release, keys)
 
 
@@ -164,7 +166,7 @@ def conversations(host: Any, repeat: int, turns: int, new: int) -> dict[str, Tim
 
 @contextmanager
 def hosted(args: EngineArgs) -> Iterator[Any]:
-    host = start(EngineHost, args)
+    host = start(EngineHost, args, STORE)
     yield host
     ray.kill(host)
 
@@ -226,9 +228,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="does it run?")
     options = parser.parse_args()
     options.repeat = options.repeat or (2 if options.quick else 7)
-    store = StoreArgs(leave_after_s=3600)
     with tempfile.TemporaryDirectory() as path, own_ray(object_store_bytes=1 << 30):
-        open_directory(APP, store, store.call_timeout_s)
+        open_directory(LOCAL_APP, STORE, STORE.call_timeout_s)
         for name in options.models.split(","):
             for line in measure(name, Path(path), options):
                 about = {"benchmark": "engine", "model": name, **MODELS[name], **line}

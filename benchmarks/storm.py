@@ -190,6 +190,7 @@ async def storm(path: Path, requests: int, seed: int) -> dict[str, Any]:
     )
     engine = InferenceEngine(args, StoreArgs(backend="memory"), None)  # type: ignore[arg-type]
     store = shared("local", StoreArgs(backend="memory"))
+    before = store.stats()  # in a test, other tests may have left something in this process
     run = Storm(engine, store, random.Random(seed))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     first = {name: value.clone() for name, value in model.state_dict().items()}
@@ -214,17 +215,19 @@ async def storm(path: Path, requests: int, seed: int) -> dict[str, Any]:
     assert await engine.abort() == 0
     store.release([kept.key for kept in run.kept])
     replayed = await run.replay(weights)
-    left = store.stats()
-    assert (left.live_keys, left.live_bytes) == (0, 0)
+    after = store.stats()
+    left_keys = after.live_keys - before.live_keys
+    left_bytes = after.live_bytes - before.live_bytes
+    assert (left_keys, left_bytes) == (0, 0)
     return {
         "requests": requests,
         "seed": seed,
         "seconds": round(time.monotonic() - begun, 1),
         **run.seen,
         "replayed_alone": replayed,
-        "puts": left.shards[0].puts,
-        "left_keys": left.live_keys,
-        "left_bytes": left.live_bytes,
+        "puts": after.shards[0].puts,
+        "left_keys": left_keys,
+        "left_bytes": left_bytes,
         "memory_mib": {"quarter": round(memory), "grown": round(grown, 1)},
     }
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 
 import ray
 from ray.serve.handle import DeploymentHandle
@@ -53,26 +53,34 @@ class InferenceEngine:
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
         """Sample one rollout; the last chunk carries the whole result."""
-        earlier = await self._prepare(request)
+        await self._prepare(request)
         answer, result = Answer(request), None
-        async with aclosing(self._engine.generate(request)) as chunks:
+        async with (
+            self._looking_up(request) as earlier,
+            aclosing(self._engine.generate(request)) as chunks,
+        ):
             async for chunk in chunks:
+                await earlier
                 answer.add(chunk)
                 if chunk.finish_reason is not None:
-                    result = answer.result(await self._hand_out(answer, earlier))
+                    result = answer.result(await self._hand_out(answer, await earlier))
                 yield GenerateChunk(
                     request.request_id, chunk.token_ids, chunk.logprobs, chunk.text, result
                 )
 
     async def generate_group(self, request: GenerateRequest, n: int) -> list[GenerateResult]:
         """Sample ``n`` rollouts of one prompt; it is processed and its rows are stored once."""
-        earlier = await self._prepare(request)
+        await self._prepare(request)
         found: dict[int, Answer] = {}
-        async with aclosing(self._engine.generate_group(request, n)) as chunks:
+        async with (
+            self._looking_up(request) as earlier,
+            aclosing(self._engine.generate_group(request, n)) as chunks,
+        ):
             async for index, chunk in chunks:
+                await earlier
                 found.setdefault(index, Answer(request.member(index))).add(chunk)
-        answers = [found[index] for index in range(n)]
-        routes = await self._hand_out_group(request, answers, earlier)
+            answers = [found[index] for index in range(n)]
+            routes = await self._hand_out_group(request, answers, await earlier)
         return [answer.result(one) for answer, one in zip(answers, routes, strict=True)]
 
     async def abort(self, request_id: str | None = None) -> int:
@@ -128,17 +136,36 @@ class InferenceEngine:
         await self._engine.update_weights(state, version, mode)
         return WeightsResult(replica_id(), version, time.monotonic() - begun)
 
-    async def _prepare(self, request: GenerateRequest) -> Earlier | None:
-        """Check a request before anything is sampled; return the rows that it continues."""
+    async def _prepare(self, request: GenerateRequest) -> None:
+        """Check a request as far as this process can tell, before anything is sampled."""
         await self._start()
         self._engine.check(request)
-        if request.continue_from is None:
-            return None
-        if not self._args.enable_transfer_obj_ref:
+        if request.continue_from is not None and not self._args.enable_transfer_obj_ref:
             raise InvalidRequest(
                 "continue_from takes and makes keys, but enable_transfer_obj_ref is off in this"
                 " engine's configuration"
             )
+
+    @asynccontextmanager
+    async def _looking_up(
+        self, request: GenerateRequest
+    ) -> AsyncIterator["asyncio.Task[Earlier | None]"]:
+        """Look up what a request continues while its prompt is processed.
+
+        Nothing is answered before the task is done: it raises what is wrong with the key.
+        """
+        task = asyncio.create_task(self._earlier(request))
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # seen, even if sampling failed first
+
+    async def _earlier(self, request: GenerateRequest) -> Earlier | None:
+        if request.continue_from is None:
+            return None
         return await self._keys.earlier(request.continue_from, request.input_ids, self._engine.info)
 
     async def _hand_out(self, answer: Answer, earlier: Earlier | None) -> Routes:
