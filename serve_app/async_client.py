@@ -23,6 +23,8 @@ from serve_app.types import (
     UpdateMode,
     WeightsResult,
 )
+from serve_app.wire.expected import Expected
+from serve_app.wire.registry import Payload
 
 if TYPE_CHECKING:
     from serve_app.client import State
@@ -110,6 +112,14 @@ class AsyncRoutedExpertsClient:
     async def get(self, key: str) -> Record:
         """See `RoutedExpertsClient.get`."""
         return await asyncio.to_thread(self._sync.get, key)
+
+    async def decode(
+        self, payload: Payload, expected: Expected, *, allow_pickle: bool = False
+    ) -> Record:
+        """See `RoutedExpertsClient.decode`."""
+        return await asyncio.to_thread(
+            self._sync.decode, payload, expected, allow_pickle=allow_pickle
+        )
 
     async def materialize(self, sequences: Sequence[RoutedSequence], **how: Any) -> ExpertBatch:
         """See `RoutedExpertsClient.materialize`."""

@@ -34,6 +34,8 @@ from serve_app.types import (
     WeightsResult,
     Where,
 )
+from serve_app.wire.expected import Expected
+from serve_app.wire.registry import Payload
 
 if TYPE_CHECKING:
     import ray
@@ -170,6 +172,17 @@ class RoutedExpertsClient:
     def get(self, key: str) -> Record:
         """Return a key's whole sequence; ``ids`` is read-only and, where possible, zero-copy."""
         return self._reader.get(key)
+
+    def decode(self, payload: Payload, expected: Expected, *, allow_pickle: bool = False) -> Record:
+        """Return the routes ``[rows, layers, top_k]`` that an engine's answer carries.
+
+        The seed's contract: a ``str`` that is a key goes through the store, a list or any other
+        payload is decoded here, see `serve_app.wire.registry` for the formats. Either way the
+        record is of the ``expected`` model, `RecordError` otherwise; for a key also what `get`
+        raises. An array put through ``shared_store`` becomes a record here. Nothing is unpickled
+        but with ``allow_pickle``.
+        """
+        return self._reader.decode(payload, expected, allow_pickle)
 
     def materialize(
         self,

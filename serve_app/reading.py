@@ -23,6 +23,9 @@ from serve_app.types import (
     RoutedSequence,
     Where,
 )
+from serve_app.wire.expected import Expected
+from serve_app.wire.keyed import is_key
+from serve_app.wire.registry import Payload, decode
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,15 @@ class Reader:
         if not isinstance(found, list):
             raise type(found)(f"key {shorten(key)}: {found}")
         return found[0] if len(found) == 1 else joined(found)
+
+    def decode(self, payload: Payload, expected: Expected, allow_pickle: bool) -> Record:
+        """See `serve_app.client.RoutedExpertsClient.decode`."""
+        if not isinstance(payload, str) or not is_key(payload):
+            return decode(payload, expected, allow_pickle=allow_pickle)
+        record = self.get(payload)
+        if record.meta.raw:
+            return expected.to_record(record.ids)
+        return expected.check(record)
 
     def materialize(
         self,

@@ -1,0 +1,32 @@
+"""A numpy array ``[rows, layers, top_k]``, or ``[rows, MoE layers, top_k]``, of any integers.
+
+Sources: the value of LMDeploy's ``shared_store`` (uint16, all layers); MoE-layers-only arrays as
+Megatron's ``RouterReplay`` takes them (verl and NeMo-RL: ``[tokens, num_moe_layers, topk]``).
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve_app.records import Record
+from serve_app.wire.expected import Expected
+from serve_app.wire.refusal import refusal
+from serve_app.wire.whole_rows import whole_rows
+
+
+def matches(payload: object) -> bool:
+    """Tell an array."""
+    return isinstance(payload, np.ndarray)
+
+
+def decode(payload: object, expected: Expected) -> Record:
+    """Return the record of an array; MoE layers alone go to their global columns."""
+    if not isinstance(payload, np.ndarray):
+        raise refusal("an array [rows, layers, top_k]", payload)
+    return expected.to_record(payload)
+
+
+def encode(record: Record) -> npt.NDArray[Any]:
+    """Return the ids of the MoE layers alone, ``[rows, MoE layers, top_k]``."""
+    return whole_rows(record, "an array")[:, list(record.moe_layers)]

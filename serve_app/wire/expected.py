@@ -1,0 +1,144 @@
+"""What is known of a payload before it is read, and the one way from its array to a record."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve_app.errors import RecordError
+from serve_app.records import Record, make_record, narrowest_dtype
+from serve_app.wire.refusal import refusal
+
+_NATIVE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The model, and what the caller knows of one payload.
+
+    ``moe_layers=None`` means every layer, ``rows=None`` any number. ``start`` and
+    ``weight_version`` are those of payloads that do not say them; where a payload does, one
+    that is not 0 here must be the same. Raises `RecordError` if no model is like this.
+    """
+
+    layers: int
+    top_k: int
+    num_experts: int
+    moe_layers: tuple[int, ...] | None = None
+    rows: int | None = None
+    start: int = 0
+    weight_version: int = 0
+
+    def __post_init__(self) -> None:
+        narrowest_dtype(self.num_experts)
+        if self.layers < 1 or not 1 <= self.top_k <= self.num_experts:
+            raise RecordError(
+                f"expected layers >= 1 and top_k in [1, {self.num_experts}],"
+                f" got {self.layers} and {self.top_k}"
+            )
+        moe = self.moe
+        if not moe or list(moe) != sorted(set(moe)) or moe[0] < 0 or moe[-1] >= self.layers:
+            raise refusal(f"moe_layers as ascending indices below {self.layers}", moe)
+
+    @property
+    def moe(self) -> tuple[int, ...]:
+        """Global indices of the MoE layers."""
+        return tuple(range(self.layers)) if self.moe_layers is None else tuple(self.moe_layers)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise `RecordError` unless ``shape`` is this model's, with all layers or the MoE ones."""
+        moe = len(self.moe)
+        fits = len(shape) == 3 and shape[0] >= 1
+        fits = fits and shape[1] in (self.layers, moe) and shape[2] == self.top_k
+        if not fits or self.rows not in (None, shape[0]):
+            rows = "rows" if self.rows is None else self.rows
+            only = "" if moe == self.layers else f" or [{rows}, {moe}, {self.top_k}]"
+            raise refusal(f"ids [{rows}, {self.layers}, {self.top_k}]{only}", list(shape))
+
+    def check_start(self, start: int) -> None:
+        """Raise `RecordError` if a payload's start is not the one that the caller knows."""
+        if self.start not in (0, start):
+            raise RecordError(f"expected rows from position {self.start} on, got {start}")
+
+    def check(self, record: Record) -> Record:
+        """Return a record that is of this model, `RecordError` otherwise."""
+        meta = record.meta
+        if record.num_experts != self.num_experts:
+            raise RecordError(
+                f"expected routes of {self.num_experts} experts, got {record.num_experts}"
+            )
+        if (meta.layers, meta.top_k) != (self.layers, self.top_k):
+            raise refusal(
+                f"ids [rows, {self.layers}, {self.top_k}]", [meta.rows, meta.layers, meta.top_k]
+            )
+        if self.rows not in (None, meta.rows):
+            raise RecordError(f"expected {self.rows} rows, got {meta.rows}")
+        if meta.moe_layers != self.moe:
+            raise refusal(f"MoE layers {list(self.moe)}", meta.moe_layers)
+        self.check_start(meta.start)
+        if self.weight_version not in (0, meta.weight_version):
+            raise RecordError(
+                f"expected weight version {self.weight_version}, got {meta.weight_version}"
+            )
+        return record
+
+    def to_record(
+        self, ids: npt.NDArray[Any], *, start: int | None = None, native_rows: bool = False
+    ) -> Record:
+        """Return the record of integer ids ``[rows, layers or MoE layers, top_k]``.
+
+        Columns of dense layers may hold what engines leave there, zeros or all bits set
+        (LMDeploy: 65535), and nothing else: real ids in them mean another model. With
+        ``native_rows`` a row of -1 routes natively; a row that is -1 in part is damaged.
+        """
+        if ids.dtype.kind not in "iu":
+            raise refusal("integer ids", ids)
+        self.check_shape(ids.shape)
+        moe = list(self.moe)
+        if ids.shape[1] != len(moe):
+            self._check_dense(ids)
+            ids = ids[:, moe]
+        valid = None
+        if native_rows:
+            ids, valid = _without_native(ids)
+        if len(moe) < self.layers:
+            wide = np.zeros((ids.shape[0], self.layers, self.top_k), ids.dtype)
+            wide[:, moe] = ids
+            ids = wide
+        return make_record(
+            ids,
+            num_experts=self.num_experts,
+            start=self.start if start is None else start,
+            moe_layers=moe,
+            weight_version=self.weight_version,
+            valid=valid,
+        )
+
+    def _check_dense(self, ids: npt.NDArray[Any]) -> None:
+        dense = sorted(set(range(self.layers)) - set(self.moe))
+        columns = ids[:, dense]
+        # Written as uint16, and seen in whatever dtype an older client widened it to.
+        blank = (columns == 0) | (columns == np.array(_NATIVE).astype(ids.dtype))
+        if ids.dtype.itemsize > 2:
+            blank |= columns == 0xFFFF
+        if not blank.all():
+            row, column, _ = np.argwhere(~blank)[0].tolist()
+            bad = int(columns[~blank][0])
+            raise RecordError(
+                f"expected 0 or 65535 in dense layer {dense[column]}, got expert {bad} in row"
+                f" {row}: does moe_layers describe the model that wrote this?"
+            )
+
+
+def _without_native(
+    ids: npt.NDArray[Any],
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+    blank = ids == _NATIVE
+    whole = blank.all(axis=(1, 2))
+    if damaged := np.flatnonzero(blank.any(axis=(1, 2)) & ~whole).tolist():
+        raise RecordError(f"expected a row of ids or a row of -1, got row {damaged[0]} with both")
+    if not whole.any():
+        return ids, None
+    return np.where(whole[:, None, None], ids.dtype.type(0), ids), ~whole
