@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from serve_app.assemble.joining import joined
 from serve_app.errors import RecordError
-from serve_app.records import Record, RecordMeta, make_record
+from serve_app.records import Record, RecordMeta, new_part_of
 from serve_app.store.base import RecordStore
 from serve_app.store.keys import shorten
 
@@ -33,7 +33,7 @@ def continued(store: RecordStore, record: Record, parent: str) -> tuple[Record, 
         raise type(chain)(f"parent {shorten(parent)}: {chain}")
     _check_model(record, chain[0], parent)
     if store.is_local(parent):
-        return _from_row(record, covered(chain)), parent
+        return new_part_of(record, covered(chain)), parent
     (segments,) = store.fetch([parent])
     if not isinstance(segments, list):
         raise type(segments)(f"parent {shorten(parent)}: {segments}")
@@ -47,18 +47,3 @@ def _check_model(record: Record, parent: RecordMeta, key: str) -> None:
         raise RecordError(
             f"parent {shorten(key)} has (layers, top_k, experts, MoE layers) {old}, got {new}"
         )
-
-
-def _from_row(record: Record, first: int) -> Record:
-    """Cut rows before ``first``; the last row stays, since a record is never empty."""
-    cut = min(max(0, first - record.start), record.meta.rows - 1)
-    if not cut:
-        return record
-    return make_record(
-        record.ids[cut:],
-        num_experts=record.num_experts,
-        start=record.start + cut,
-        moe_layers=record.moe_layers,
-        weight_version=record.weight_version,
-        valid=record.valid[cut:],
-    )

@@ -217,3 +217,30 @@ def raw_record(array: object) -> Record:
         raw=ids.dtype.str,
     )
     return Record(meta, ids)
+
+
+def part_of(record: Record, first: int, stop: int, tokens: Sequence[int] | None = None) -> Record:
+    """Return the rows at sequence positions ``first .. stop`` of a record, as one of its own.
+
+    ``tokens`` are those of the whole sequence, from position 0 on; without them the part has no
+    token hash.
+    """
+    rows = slice(first - record.start, stop - record.start)
+    return make_record(
+        record.ids[rows],
+        num_experts=record.num_experts,
+        start=first,
+        moe_layers=record.moe_layers,
+        weight_version=record.weight_version,
+        tokens=None if tokens is None else tokens[first:stop],
+        valid=record.valid[rows] if record.meta.invalid else None,
+    )
+
+
+def new_part_of(record: Record, covered: int, tokens: Sequence[int] | None = None) -> Record:
+    """Leave out the rows before position ``covered``; the last row stays in any case.
+
+    A record is never empty, and of a row that two records have the earlier capture is read.
+    """
+    first = min(covered, record.meta.stop - 1)
+    return record if first <= record.start else part_of(record, first, record.meta.stop, tokens)

@@ -11,11 +11,12 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.answer import Answer, Routes
 from serve_app.deployments.context import application, connect_store, replica_id
-from serve_app.deployments.routes import Earlier, RouteKeys, head
+from serve_app.deployments.routes import Earlier, RouteKeys
 from serve_app.deployments.store import ExpertStore
 from serve_app.engines.base import Engine, ModelInfo
 from serve_app.engines.loading import load_engine
 from serve_app.errors import InvalidRequest, R3Error
+from serve_app.records import part_of
 from serve_app.store.base import RecordStore
 from serve_app.types import (
     FinishReason,
@@ -201,7 +202,7 @@ class InferenceEngine:
         ]
         if len(whole) < 2 or not self._args.enable_transfer_obj_ref:
             return await self._hand_out_each(answers, earlier, earlier, rows)
-        prompt = await asyncio.to_thread(head, whole[0], rows, request.input_ids)
+        prompt = await asyncio.to_thread(part_of, whole[0], 0, rows, request.input_ids)
         try:
             async with self._keys.shared_rows(
                 request, prompt, request.input_ids, earlier

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from serve_app.continuing import covered
 from serve_app.engines.base import ModelInfo
 from serve_app.errors import PrefixMismatch, RecordError
-from serve_app.records import Record, RecordMeta, hash_tokens, make_record
+from serve_app.records import Record, RecordMeta, hash_tokens, new_part_of
 from serve_app.store.base import RecordStore
 from serve_app.store.keys import shorten
 from serve_app.types import GenerateRequest
@@ -92,7 +92,7 @@ class RouteKeys:
             if not store.is_local(earlier.key):
                 near = await self._copied(earlier.key, request.lease_s)
             parent = near[-1] if near else earlier.key
-            record = await asyncio.to_thread(cut, record, earlier.rows, tokens)
+            record = await asyncio.to_thread(new_part_of, record, earlier.rows, tokens)
         try:
             return await store.aput(record, tag=request.tag, lease_s=request.lease_s, parent=parent)
         finally:
@@ -120,38 +120,6 @@ class RouteKeys:
     def _release_unread(self, put: "asyncio.Future[str]") -> None:
         if not put.cancelled() and put.exception() is None and self._store is not None:
             asyncio.get_running_loop().run_in_executor(None, self._store.release, [put.result()])
-
-
-def cut(record: Record, first: int, tokens: Sequence[int]) -> Record:
-    """Leave out rows before sequence position ``first``; the last row stays in any case.
-
-    A record is never empty, and of a row that two records have the earlier capture is read.
-    """
-    skipped = min(first - record.start, record.meta.rows - 1)
-    if skipped <= 0:
-        return record
-    start = record.start + skipped
-    return make_record(
-        record.ids[skipped:],
-        num_experts=record.num_experts,
-        start=start,
-        moe_layers=record.moe_layers,
-        weight_version=record.weight_version,
-        tokens=tokens[start : record.meta.stop],
-        valid=record.valid[skipped:] if record.meta.invalid else None,
-    )
-
-
-def head(record: Record, rows: int, tokens: Sequence[int]) -> Record:
-    """Return the first rows of a record that begins its sequence."""
-    return make_record(
-        record.ids[:rows],
-        num_experts=record.num_experts,
-        moe_layers=record.moe_layers,
-        weight_version=record.weight_version,
-        tokens=tokens[:rows],
-        valid=record.valid[:rows] if record.meta.invalid else None,
-    )
 
 
 def _check_model(meta: RecordMeta, info: ModelInfo, key: str) -> None:

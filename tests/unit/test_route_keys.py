@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from serve_app.config import StoreArgs
-from serve_app.deployments.routes import Earlier, RouteKeys, cut, head
+from serve_app.deployments.routes import Earlier, RouteKeys
 from serve_app.errors import KeyReleased
-from serve_app.records import Record, hash_tokens, make_record
+from serve_app.records import Record, hash_tokens, make_record, new_part_of, part_of
 from serve_app.store.base import RecordStore
 from serve_app.store.memory import MemoryStore
 from serve_app.types import GenerateRequest
@@ -80,7 +80,9 @@ async def test_shared_rows_live_as_long_as_a_member() -> None:
     store = MemoryStore("app", StoreArgs(backend="memory"))
     keys = keys_of(store)
     whole = record(12)
-    async with keys.shared_rows(request(), head(whole, 9, TOKENS), TOKENS[:9], None) as shared:
+    async with keys.shared_rows(
+        request(), part_of(whole, 0, 9, TOKENS), TOKENS[:9], None
+    ) as shared:
         members = [await keys.put(request(), whole, TOKENS, shared) for _ in range(3)]
     assert (store.stats().live_keys, store.stats().live_bytes) == (3, (9 + 3 * 3) * 4)
     store.release(members[:2])
@@ -91,7 +93,7 @@ async def test_shared_rows_live_as_long_as_a_member() -> None:
 
 @pytest.mark.parametrize(("first", "start"), [(0, 0), (5, 5), (11, 11), (12, 11), (99, 11)])
 def test_a_cut_record_is_never_empty(first: int, start: int) -> None:
-    part = cut(record(12), first, TOKENS)
+    part = new_part_of(record(12), first, TOKENS)
     assert (part.start, part.meta.stop) == (start, 12)
     assert part.meta.token_hash == hash_tokens(TOKENS[start:12])
     np.testing.assert_array_equal(part.ids, record(12).ids[start:])
@@ -100,5 +102,5 @@ def test_a_cut_record_is_never_empty(first: int, start: int) -> None:
 def test_rows_that_mean_nothing_stay_marked() -> None:
     valid = np.array([True, False, True, False])
     marked = make_record(np.zeros((4, 1, 1), np.uint8), num_experts=2, valid=valid)
-    assert cut(marked, 1, [1, 2, 3, 4]).valid.tolist() == [False, True, False]
-    assert head(marked, 3, [1, 2, 3, 4]).valid.tolist() == [True, False, True]
+    assert new_part_of(marked, 1, [1, 2, 3, 4]).valid.tolist() == [False, True, False]
+    assert part_of(marked, 0, 3, [1, 2, 3, 4]).valid.tolist() == [True, False, True]
