@@ -28,6 +28,7 @@ from serve_app.errors import (
     RoutesGap,
     StoreError,
     StoreUnavailable,
+    UnknownKey,
 )
 from serve_app.records import raw_record
 from serve_app.store.base import Segments
@@ -37,6 +38,8 @@ from serve_app.store.directory import COMPAT_NAME, compat_owner, list_shards, th
 from serve_app.store.presence import is_served
 
 _THREADS = 32
+_READERS = 4
+"""How many batches of reads overlap, so that a shard which is slow holds up one of them."""
 _START_S = 60.0
 """How long a new process may take until it answers."""
 _PATIENCE_S = 0.05
@@ -59,6 +62,8 @@ class CompatStore:
         self._threads = ThreadPoolExecutor(_THREADS)
         self._store: ShardStore | None = None
         self._connecting = asyncio.Lock()
+        self._wanted: list[tuple[str, asyncio.Future[Array]]] = []
+        self._readers: set[asyncio.Task[None]] = set()
         self._upkeep = asyncio.get_running_loop().create_task(self._leave_when_unneeded())
 
     def configure(self, args: StoreArgs) -> None:
@@ -83,7 +88,15 @@ class CompatStore:
         actor release nothing.
         """
         with _builtin_errors():
-            return await self._run(self._read, await self._connected(), key)
+            if not isinstance(key, str):
+                raise UnknownKey(f"a key is a str, got {type(key).__name__}")
+            read: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
+            self._wanted.append((key, read))
+            if len(self._readers) < _READERS:
+                reader = asyncio.create_task(self._serve_wanted())
+                self._readers.add(reader)
+                reader.add_done_callback(self._readers.discard)
+            return await read
 
     async def clear(self) -> None:
         """Drop what was put through this actor, and nothing else."""
@@ -92,16 +105,49 @@ class CompatStore:
             await self._run(store.release, tag=self._put_tag)
             await self._run(store.release, tag=self._read_tag)
 
-    def _read(self, store: ShardStore, key: str) -> Array:
-        (found,) = store.fetch([key])
-        if not isinstance(found, list):
-            raise found
-        ids = _whole(found)
-        with suppress(KeyUnreadable):  # somebody ended it just now; the bytes are here
-            if found[-1].meta.raw:
-                store.retag([key], self._read_tag)
-            store.renew([key], lease_s=store.args.compat_grace_s)
-        return ids
+    async def _serve_wanted(self) -> None:
+        """Read what waits, together: one call a shard for all of it, not one a key."""
+        while self._wanted:
+            wanted, self._wanted = self._wanted, []
+            try:
+                store = await self._connected()
+                answers = await self._run(self._read, store, [key for key, _ in wanted])
+            except Exception as error:  # noqa: BLE001  (whatever it is belongs to the callers)
+                for _, read in wanted:
+                    if not read.cancelled():
+                        read.set_exception(error)
+                continue
+            for (_, read), answer in zip(wanted, answers, strict=True):
+                if read.cancelled():
+                    continue
+                if isinstance(answer, R3Error):
+                    read.set_exception(answer)
+                else:
+                    read.set_result(answer)
+
+    def _read(self, store: ShardStore, keys: list[str]) -> list[Array | R3Error]:
+        answers: list[Array | R3Error] = []
+        raw: dict[str, bool] = {}
+        for key, found in zip(keys, store.fetch(keys), strict=True):
+            try:
+                answers.append(_whole(found) if isinstance(found, list) else found)
+            except R3Error as error:
+                answers.append(error)
+            if isinstance(found, list) and not isinstance(answers[-1], R3Error):
+                raw[key] = found[-1].meta.raw is not None
+        with suppress(StoreUnavailable):  # the bytes are here; the keys end with their leases
+            self._begin_grace(store, raw)
+        return answers
+
+    def _begin_grace(self, store: ShardStore, read: dict[str, bool]) -> None:
+        """Shorten the leases of keys that were read; those that map to True were put here."""
+        try:
+            store.retag([key for key, raw in read.items() if raw], self._read_tag)
+            store.renew(list(read), lease_s=store.args.compat_grace_s)
+        except KeyUnreadable:  # one of them ended just now, and stays ended
+            if len(read) > 1:
+                for key, raw in read.items():
+                    self._begin_grace(store, {key: raw})
 
     def _make_room(self, store: ShardStore) -> None:
         """Drop what was put and read already, if a put waits for room on this node."""
