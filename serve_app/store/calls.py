@@ -56,13 +56,14 @@ class ShardCalls:
         sent: dict[ray.ObjectRef[Any], str] = {}
         open_shards = list(groups)
         for pause_s in _pauses():
+            asked: list[str] = []
             for shard in open_shards:
                 if (handle := self._handle(shard)) is None:
                     replies[shard] = ActorUnschedulableError("no actor of that name")
                 else:
                     sent[call(handle, groups[shard])] = shard
-            named = [shard for shard in open_shards if shard in self._handles]
-            self._receive(sent, named, replies, min(pause_s, self._left(begun)))
+                    asked.append(shard)
+            self._receive(sent, asked, replies, min(pause_s, self._left(begun)))
             open_shards = [
                 shard
                 for shard in open_shards
@@ -111,11 +112,12 @@ class ShardCalls:
         return isinstance(reply, RayError) and waited_s < GIVE_UP_AFTER_S
 
     def _handle(self, shard: str) -> Actor | None:
-        if shard not in self._handles:
-            if (found := find_shard(self._app, shard)) is None:
-                return None
+        # Another thread may forget the handle at any moment.
+        if (known := self._handles.get(shard)) is not None:
+            return known
+        if (found := find_shard(self._app, shard)) is not None:
             self._handles[shard] = found
-        return self._handles[shard]
+        return found
 
     def explain(self, keys: list[str], error: RayError) -> dict[str, Unreadable]:
         """Say what a shard that did not answer means for its keys."""

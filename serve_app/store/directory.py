@@ -97,6 +97,7 @@ def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[A
         get_if_exists=True,
         num_cpus=0,
         max_restarts=-1,
+        max_task_retries=-1,  # all its calls are idempotent: they wait while it starts elsewhere
     ).remote(app, secrets.token_bytes(32), args)
     ray.get(directory.configure.remote(args), timeout=timeout_s)
     return directory
@@ -131,7 +132,7 @@ def open_shard(app: str, settings: Settings) -> ActorHandle[Any]:
     ).remote(app, shard, settings.secret, settings.args)
     try:
         identity: Any = ray.get(handle.identity.remote(), timeout=timeout_s)
-    except (AttributeError, ray.exceptions.GetTimeoutError) as error:
+    except (AttributeError, ray.exceptions.RayError) as error:
         raise StoreUnavailable(f"shard {shard} does not answer: {error}") from None
     if not isinstance(identity, ShardIdentity) or identity.app != app:
         raise StoreUnavailable(f"actor {shard_name(app, shard)!r} is not a shard of {app!r}")
