@@ -22,7 +22,7 @@ from serve_app.errors import RecordError
 from serve_app.records import FORMAT_VERSION, Record, checksum, make_record, narrowest_dtype
 from serve_app.wire.expected import Expected
 from serve_app.wire.fields import read_int, read_object, read_shape
-from serve_app.wire.refusal import refusal
+from serve_app.wire.refusal import refusal, shown
 
 MAGIC = b"r3serve\0"
 _PREFIX = struct.Struct("<8sHHIQ")
@@ -149,6 +149,9 @@ def _record(
     layers = fields["moe_layers"]
     if not isinstance(layers, list) or not layers:
         raise refusal("moe_layers as a list of layers", layers)
+    promised = _hash(fields["checksum"])
+    if (found := checksum(ids)) != promised:
+        raise RecordError(f"expected ids of checksum {promised:016x}, bytes have {found:016x}")
     made = make_record(
         ids,
         num_experts=fields["num_experts"],
@@ -157,11 +160,8 @@ def _record(
         weight_version=read_int(fields["weight_version"], "weight_version", -(2**63)),
         valid=valid,
     )
-    promised = _hash(fields["checksum"])
     if made.meta.checksum != promised:
-        raise RecordError(
-            f"expected ids of checksum {promised:016x}, bytes have {made.meta.checksum:016x}"
-        )
+        raise RecordError(f"expected zeros in the columns of dense layers, MoE: {shown(layers)}")
     made.ids.flags.writeable = False
     token_hash = None if fields["token_hash"] is None else _hash(fields["token_hash"])
     return Record(replace(made.meta, token_hash=token_hash), made.ids)
