@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Chaos:
         """Ask once more for every key, release all, and wait until nothing is live."""
         reader = self._reading[0]
         for entry in list(self._book.entries.values()):
-            _wait_for("a final answer", lambda entry=entry: reader.read(entry))
+            _wait_for("a final answer", partial(reader.read, entry))
         _wait_for("the last release", self._release_all)
         _wait_for("the last lease's end", self._is_empty)
 
@@ -149,7 +150,7 @@ def add_node(cluster: Cluster, name: str) -> None:
 def used_bytes() -> int:
     """Return what all object stores hold, as their raylets count it."""
     stats = [
-        node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], False)
+        node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], False)  # type: ignore[no-untyped-call]
         for node in _live_nodes().values()
     ]
     return sum(found.store_stats.object_store_bytes_used for found in stats)

@@ -85,9 +85,8 @@ def spilled() -> Seen:
             shape = (20_000, 48, 8)
             keys = [store.put(record(shape, seed=seed)) for seed in range(20)]
             held = store.stats().live_bytes
-            summary: str = memory_summary(
-                address=ray.get_runtime_context().gcs_address, stats_only=True
-            )
+            address = ray.get_runtime_context().gcs_address
+            summary: str = memory_summary(address, stats_only=True)  # type: ignore[no-untyped-call]
             wrong = [
                 seed
                 for seed, key in enumerate(keys)
