@@ -1,7 +1,7 @@
 """A numpy array ``[rows, layers, top_k]``, or ``[rows, MoE layers, top_k]``, of any integers.
 
 Sources: the value of LMDeploy's ``shared_store`` (uint16, all layers); MoE-layers-only arrays as
-Megatron's ``RouterReplay`` takes them (verl and NeMo-RL: ``[tokens, num_moe_layers, topk]``).
+NeMo-RL describes them (``[tokens, num_moe_layers, topk]``).
 """
 
 from typing import Any

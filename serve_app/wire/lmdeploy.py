@@ -1,8 +1,8 @@
 """LMDeploy: nested lists ``[rows][layers][top_k]``, as its HTTP answers carry them.
 
-Source: LMDeploy 0.18.0, ``serve/openai`` (``routed_experts`` of ``meta_info`` and of choices):
-uint16 ``.tolist()``, all hidden layers, 65535 (GLM) or 0 (Kimi-K2) in dense ones. SkyRL's
-``/skyrl/v1/generate`` before its PR 1909, NeMo-RL before its PR 3292 and verl send the same.
+Source: answers of LMDeploy 0.18.0 (``routed_experts`` of ``meta_info`` and of choices): uint16 as
+a list, all hidden layers, 65535 (GLM) or 0 (Kimi-K2) in dense ones. SkyRL's
+``/skyrl/v1/generate`` before its PR 1909 and NeMo-RL before its PR 3292 send the same.
 """
 
 from itertools import chain

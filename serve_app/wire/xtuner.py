@@ -1,6 +1,6 @@
 """xtuner, before it passed keys: base64 of a cloudpickled array, nested list, or reference.
 
-Source: InternLM/xtuner before PR 1658 and LMDeploy of that time (``routed_experts`` as a text).
+Source: InternLM/xtuner PR 1658, which replaced it.
 Reading a pickle runs what its sender wrote into it, so it is read for ``allow_pickle=True``
 only. A reference cannot be resolved here: that needs Ray, and the cluster it came from.
 """
