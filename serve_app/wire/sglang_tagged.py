@@ -1,8 +1,8 @@
 """SGLang with a dtype tag: ``{routed_experts, routed_experts_dtype}`` out of ``meta_info``.
 
-Source: SGLang PR 31219 (``SGLANG_ROUTED_EXPERTS_DTYPE``; open in July 2026): base64 of int32, uint16 or uint8, the
-name beside it; without the name int32. ``routed_experts_start_len`` is read where an answer
-repeats it. Other fields of ``meta_info`` are none of our business.
+Source: SGLang PR 31219 (``SGLANG_ROUTED_EXPERTS_DTYPE``; still open when read): base64 of int32,
+uint16 or uint8, the name beside it; without the name int32. ``routed_experts_start_len`` is read
+where an answer repeats it. Other fields of ``meta_info`` are none of our business.
 """
 
 from collections.abc import Mapping
