@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import DecoderArgs, StoreArgs
 from serve_app.deployments.context import connect_store
 from serve_app.deployments.store import ExpertStore
+from serve_app.errors import R3Error
 from serve_app.materialize import Allocate, materialize
 from serve_app.store.base import RecordStore
 from serve_app.types import BatchSpec, PackedExperts, RoutedSequence
@@ -50,8 +51,13 @@ class ExpertDecoder:
     def _put(
         self, store: RecordStore, sequences: Sequence[RoutedSequence], spec: BatchSpec
     ) -> "ray.ObjectRef[PackedExperts]":
-        with self._workspace.lend() as allocate:
-            return ray.put(materialize(store, sequences, spec, allocate=allocate))
+        try:
+            with self._workspace.lend() as allocate:
+                return ray.put(materialize(store, sequences, spec, allocate=allocate))
+        except R3Error as error:
+            # Serve and Ray keep errors in cycles: with its frames this one would pin the records
+            # that were fetched until the garbage collector comes by.
+            raise error.with_traceback(None) from None
 
 
 class Workspace:

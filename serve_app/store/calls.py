@@ -125,7 +125,10 @@ class ShardCalls:
             shard = parse(keys[0], self._app).shard
             unavailable = StoreUnavailable(f"shard {shard} does not answer: {line(error)}")
             return dict.fromkeys(keys, unavailable)
-        reasons: list[Unreadable] = self._directory(lambda actor: actor.explain.remote(keys))
+        try:
+            reasons: list[Unreadable] = self._directory(lambda actor: actor.explain.remote(keys))
+        except StoreUnavailable as error_there:
+            return dict.fromkeys(keys, error_there)
         return dict(zip(keys, reasons, strict=True))
 
     def moved(self, epochs: list[int]) -> dict[int, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from serve_app.errors import KeyUnreadable, RoutesLost
+from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
 from serve_app.store.base import Unreadable
 from serve_app.store.calls import Actor, ShardCalls
 from serve_app.store.keys import parse
@@ -57,7 +57,11 @@ class KeyRouter:
                 missed = self._calls.explain(texts, reply) if gone else receive(texts, reply)
                 unreadable.update(missed)
                 lost += [text for text, why in missed.items() if isinstance(why, RoutesLost)]
-            groups, _ = self.by_shard(self.restored(lost))
+            try:
+                groups, _ = self.by_shard(self.restored(lost))
+            except StoreUnavailable as error:  # then nobody knows whether they were restored
+                unreadable.update(dict.fromkeys(lost, error))
+                return unreadable
             for text in itertools.chain.from_iterable(groups.values()):
                 del unreadable[text]
         return unreadable

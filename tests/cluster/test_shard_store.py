@@ -86,6 +86,9 @@ def test_keys_of_a_killed_shard_are_lost_and_the_others_read(make_store: MakeSto
     shard = find_shard("contract", this_node())
     assert shard is not None
     os.kill(pid_of(shard), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(isinstance(answer, StoreUnavailable) for answer in store.fetch(lost)):
+        assert time.monotonic() < deadline, "the shard did not come back"  # may be retried
     found = store.fetch([kept, *lost])
     assert [type(answer) for answer in found] == [list, RoutesLost, RoutesLost]
     assert store.release([kept, *lost]) == 1
