@@ -124,12 +124,16 @@ class ServedGraph:
 
     def broadcast_each(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every engine replica; return each one's answer or error."""
+        from ray.serve.exceptions import DeploymentUnavailableError
+
         deadline = time.monotonic() + self.timeout_s
         while True:
             response: DeploymentBroadcastResponse = self.engine.broadcast(method, *args)
             left = max(0.0, deadline - time.monotonic())
             try:
                 answers = response.results(timeout_s=left, return_exceptions=True)
+            except DeploymentUnavailableError:
+                answers = []  # it failed to start so far
             except _failures() as error:
                 raise engine_error(error, self.timeout_s) from None
             # A handle that has just been made may not have heard of any replica yet.
