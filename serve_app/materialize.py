@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.assemble.layout import Padding, columns_of, fill
+from serve_app.assemble.layout import Padding, blocks_of, columns_of, fill
 from serve_app.assemble.ranks import packed_rows, padded_rows
-from serve_app.assemble.stitch import stitch
+from serve_app.assemble.stitch import Stitched, stitch
 from serve_app.errors import KeyExpired, RecordError, RoutesGap, RoutesLost
 from serve_app.records import Record
 from serve_app.store.base import RecordStore, Segments, Unreadable
@@ -48,7 +48,11 @@ def materialize(
     fetched = store.fetch([sequence.key for sequence in sequences])
     readable = [_readable(sequences[i], found, spec) for i, found in enumerate(fetched)]
     model = _one_model(sequences, readable)
-    missing = _missing(sequences, readable, fetched)
+    plans = [
+        stitch(segments, sequence.first, sequence.length) if segments else None
+        for sequence, segments in zip(sequences, readable, strict=True)
+    ]
+    missing = _missing(sequences, plans, fetched)
     if missing and spec.on_missing == "raise":
         gap = missing[0]
         raise RoutesGap(
@@ -59,6 +63,7 @@ def materialize(
     lay_out = padded_rows if spec.layout == "padded" else packed_rows
     rows = lay_out(lengths, spec.rank)
     columns = columns_of(model.meta.layers, model.moe_layers, spec)
+    blocks = blocks_of(columns)
     lead = (
         (len(sequences), rows.rows // len(sequences)) if spec.layout == "padded" else (rows.rows,)
     )
@@ -73,8 +78,10 @@ def materialize(
         if segments is None or piece.sequence is None:
             padding.fill(flat[here], flat_valid[here])
             continue
-        plan = stitch(segments, sequences[piece.sequence].first + piece.first, piece.count)
-        fill(flat[here], flat_valid[here], segments, plan, columns, padding)
+        sequence, plan = sequences[piece.sequence], plans[piece.sequence]
+        if plan is None or piece.count < sequence.length:
+            plan = stitch(segments, sequence.first + piece.first, piece.count)
+        fill(flat[here], flat_valid[here], segments, plan, blocks, padding)
     moe = tuple(layer for layer in columns if layer in set(model.moe_layers))
     return PackedExperts(
         ids=ids,
@@ -100,13 +107,15 @@ def _readable(
 def _one_model(sequences: Sequence[RoutedSequence], readable: list[Segments | None]) -> Record:
     """Return any record, after checking that all are of one model."""
     model: Record | None = None
+    shape: object = None
     for sequence, segments in zip(sequences, readable, strict=True):
         for record in segments or ():
-            model = model or record
-            if _shape(record) != _shape(model):
+            if model is None:
+                model, shape = record, _shape(record)
+            elif _shape(record) != shape:
                 raise RecordError(
                     f"key {shorten(sequence.key)} has (layers, top_k, experts, MoE layers)"
-                    f" {_shape(record)}, the sequences before it {_shape(model)}"
+                    f" {_shape(record)}, the sequences before it {shape}"
                 )
     if model is None:
         raise RoutesLost("none of the sequences has routes left, so not even their shape is known")
@@ -119,16 +128,15 @@ def _shape(record: Record) -> tuple[int, int, int, tuple[int, ...]]:
 
 def _missing(
     sequences: Sequence[RoutedSequence],
-    readable: list[Segments | None],
+    plans: list[Stitched | None],
     fetched: list[Segments | Unreadable],
 ) -> tuple[MissingRows, ...]:
     missing: list[MissingRows] = []
-    for index, (sequence, segments) in enumerate(zip(sequences, readable, strict=True)):
-        if segments is None:
+    for index, (sequence, plan) in enumerate(zip(sequences, plans, strict=True)):
+        if plan is None:
             why = type(fetched[index]).__name__
             missing.append(MissingRows(index, 0, sequence.length, why))
-        else:
-            plan = stitch(segments, sequence.first, sequence.length)
+        elif plan.missing:
             missing += [MissingRows(index, *span, "RoutesGap") for span in plan.missing]
     return tuple(missing)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serve_app.assemble.layout import Padding, fill
+from serve_app.assemble.layout import Padding, blocks_of, fill
 from serve_app.assemble.stitch import stitch
 from serve_app.records import Record, make_record
 from serve_app.types import BatchSpec
@@ -18,7 +18,9 @@ def joined(segments: Sequence[Record]) -> Record:
     ids = np.zeros((rows, first.layers, first.top_k), first.dtype)
     valid = np.zeros(rows, dtype=np.bool_)
     padding = Padding(BatchSpec(), first.num_experts)
-    fill(ids, valid, segments, stitch(segments, start, rows), range(first.layers), padding)
+    fill(
+        ids, valid, segments, stitch(segments, start, rows), blocks_of(range(first.layers)), padding
+    )
     whole = make_record(
         ids,
         num_experts=first.num_experts,

@@ -12,6 +12,8 @@ from serve_app.types import BatchSpec
 
 Array = npt.NDArray[Any]
 Valid = npt.NDArray[np.bool_]
+Block = tuple[slice, slice]
+"""Columns of the batch, and the columns of a record that go there."""
 
 
 class Padding:
@@ -49,7 +51,7 @@ def fill(
     valid: Valid,
     segments: Sequence[Record],
     plan: Stitched,
-    columns: Sequence[int],
+    blocks: Sequence[Block],
     padding: Padding,
 ) -> None:
     """Fill rows of one sequence: ``ids`` ``[rows, columns, top_k]``, ``valid`` ``[rows]``."""
@@ -60,7 +62,7 @@ def fill(
     for run in plan.runs:
         segment, rows = segments[run.segment], slice(run.target, run.target + run.count)
         source = segment.ids[run.source : run.source + run.count]
-        for target_columns, source_columns in _blocks(columns):
+        for target_columns, source_columns in blocks:
             np.copyto(ids[rows, target_columns], source[:, source_columns], casting="safe")
         valid[rows] = True
         for row in segment.meta.invalid:
@@ -68,9 +70,9 @@ def fill(
                 valid[run.target + row - run.source] = False
 
 
-def _blocks(columns: Sequence[int]) -> list[tuple[slice, slice]]:
+def blocks_of(columns: Sequence[int]) -> list[Block]:
     """Group columns that stand next to each other in both arrays, so each copy is a large one."""
-    blocks: list[tuple[slice, slice]] = []
+    blocks: list[Block] = []
     begin = 0
     for at in range(1, len(columns) + 1):
         if at == len(columns) or columns[at] != columns[at - 1] + 1:

@@ -36,6 +36,9 @@ class Stitched:
 def stitch(segments: Sequence[Record], first: int, length: int) -> Stitched:
     """Cover the sequence's rows ``first .. first + length``; targets count from 0."""
     stop = first + length
+    whole = segments[0].meta
+    if len(segments) == 1 and whole.start <= first and stop <= whole.stop:
+        return Stitched([Run(0, 0, first - whole.start, length)], [], 0)  # nearly every sequence
     gaps, runs = [(first, stop)], list[Run]()
     for index, segment in enumerate(segments):
         left: list[tuple[int, int]] = []
