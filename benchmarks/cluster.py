@@ -1,7 +1,8 @@
 """A Ray of the benchmark's own, with the store and the decoder served on it."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import ray
@@ -26,8 +27,9 @@ def own_ray(object_store_bytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        with redirect_stdout(sys.stderr):  # Ray's farewell is no JSON line
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
 
 
 def start(actor: type, *args: object) -> Any:
