@@ -195,7 +195,7 @@ def test_no_engine_replica_times_out_and_does_not_hang(cluster: object) -> None:
     waiting = RoutedExpertsClient("unplaced", timeout_s=2, generate_timeout_s=2)
     with pytest.raises(EngineUnavailable, match="no answer within 2"):
         waiting.generate(request())
-    with pytest.raises(EngineUnavailable, match="no engine replica .* within 2"):
+    with pytest.raises(EngineUnavailable, match=r"no engine replica .* within 2"):
         waiting.abort(all=True)
     with pytest.raises(EngineUnavailable):
         next(iter(waiting.stream(request())))
