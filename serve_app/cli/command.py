@@ -1,0 +1,13 @@
+"""The command itself: what can be said after ``r3serve``."""
+
+import typer
+
+from serve_app.cli.store import store
+
+main = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for r3serve.")
+main.add_typer(store, name="store")
+
+
+@main.callback()
+def _main() -> None:
+    """Tools for r3serve."""
