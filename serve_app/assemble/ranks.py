@@ -2,7 +2,8 @@
 
 One fixed order, so that every rank computes the same: pad each sequence to a multiple, pad the
 total, split over context parallel ranks, pad the rank's rows, split over sequence parallel ranks.
-Gathered over all ranks in the same order, the pieces are the whole padded batch.
+Gathered over all ranks in the same order, the pieces are the whole padded batch; ``at`` is where
+in it a piece belongs.
 
 Zigzag is Megatron's load balancing for causal attention: each padded sequence is cut into
 2·cp chunks, and rank r takes chunk r and, counted from the end, chunk r again.
@@ -20,16 +21,23 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``count`` rows from row ``first`` of a sequence on; of padding where it is None."""
+    """``count`` rows from row ``first`` of a sequence on; of padding where it is None.
+
+    ``at`` is the row of the padded batch where they begin.
+    """
 
     sequence: int | None
     first: int
     count: int
+    at: int
 
 
 @dataclass(frozen=True, slots=True)
 class RankRows:
-    """A rank's rows in order, and the global padded boundaries ``[sequences + 1]``."""
+    """A rank's rows in order, and the global padded boundaries.
+
+    They are ``[sequences + 1]``, and one more where the total's padding is a sequence of its own.
+    """
 
     pieces: list[Piece]
     boundaries: list[int]
@@ -54,34 +62,41 @@ def packed_rows(lengths: Sequence[int], rank: RankSlice) -> RankRows:
     boundaries = [0, *accumulate(padded)]
     ranges = _context_parallel(boundaries, rank)
     if rank.tail == "rank":
+        # Every rank has as many rows, so all of them together pad one more sequence.
         count = sum(end - begin for begin, end in ranges)
-        ranges.append((boundaries[-1], boundaries[-1] + _up(count, rank.total_multiple) - count))
+        if surplus := _up(count, rank.total_multiple) - count:
+            begin = boundaries[-1] + rank.cp_rank * surplus
+            ranges.append((begin, begin + surplus))
+            boundaries.append(boundaries[-1] + rank.cp_size * surplus)
     return RankRows(_pieces(_sequence_parallel(ranges, rank), lengths, boundaries), boundaries)
 
 
 def padded_rows(lengths: Sequence[int], rank: RankSlice) -> RankRows:
-    """Right-pad every sequence to the longest one's multiple; a rank gets each one's part."""
-    if rank.total_multiple > 1 or rank.sp_size > 1 or (rank.cp_size > 1 and rank.cp != "zigzag"):
+    """Right-pad every sequence to the longest one's multiple; a rank gets its part of each."""
+    if rank.total_multiple > 1:
         raise ValueError(
-            "the padded layout splits each sequence alone: expected cp='zigzag', sp_size=1 and"
-            f" total_multiple=1, got {rank}"
+            "the padded layout has no total to pad: expected seq_multiple and total_multiple=1,"
+            f" got {rank}"
         )
     longest = _up(max(lengths), rank.seq_multiple)
     boundaries = [longest * index for index in range(len(lengths) + 1)]
-    return RankRows(_pieces(_context_parallel(boundaries, rank), lengths, boundaries), boundaries)
+    ranges: list[Range] = []
+    for sequence in pairwise(boundaries):
+        ranges += _sequence_parallel(_context_parallel(sequence, rank), rank)
+    return RankRows(_pieces(ranges, lengths, boundaries), boundaries)
 
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _context_parallel(boundaries: list[int], rank: RankSlice) -> list[Range]:
-    total, size, index = boundaries[-1], rank.cp_size, rank.cp_rank
+def _context_parallel(boundaries: Sequence[int], rank: RankSlice) -> list[Range]:
+    low, high, size, index = boundaries[0], boundaries[-1], rank.cp_size, rank.cp_rank
     if size == 1:
-        return [(0, total)]
+        return [(low, high)]
     if rank.cp == "contiguous":
-        share = _share(total, size, "rows of the padded batch", "cp_size")
-        return [(index * share, (index + 1) * share)]
+        share = _share(high - low, size, "rows of the padded batch", "cp_size")
+        return [(low + index * share, low + (index + 1) * share)]
     ranges: list[Range] = []
     for begin, end in pairwise(boundaries):
         chunk = _share(end - begin, 2 * size, "rows of a padded sequence", "2 * cp_size")
@@ -122,13 +137,13 @@ def _split(span: Range, lengths: Sequence[int], boundaries: list[int]) -> Iterat
     while at < end:
         index = bisect_right(boundaries, at) - 1
         if index >= len(lengths):
-            yield Piece(None, 0, end - at)
+            yield Piece(None, 0, end - at, at)
             return
         real_end, stop = boundaries[index] + lengths[index], min(end, boundaries[index + 1])
         if at < real_end:
             count = min(real_end, stop) - at
-            yield Piece(index, at - boundaries[index], count)
+            yield Piece(index, at - boundaries[index], count, at)
         else:
             count = stop - at
-            yield Piece(None, 0, count)
+            yield Piece(None, 0, count, at)
         at += count

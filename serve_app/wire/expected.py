@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import RecordError
-from serve_app.records import Record, make_record, narrowest_dtype
+from serve_app.records import Record, make_record, narrowest_dtype, part_of
 from serve_app.wire.refusal import refusal
 
 _NATIVE = -1
@@ -20,7 +20,9 @@ class Expected:
 
     ``moe_layers=None`` means every layer, ``rows=None`` any number. ``start`` and
     ``weight_version`` are those of payloads that do not say them; where a payload does, one
-    that is not 0 here must be the same. Raises `RecordError` if no model is like this.
+    that is not 0 here must be the same. ``extra_rows`` are at the payload's end, beyond ``rows``,
+    and are cut: 1 for LMDeploy's key of an answer that ended with a stop token which it does not
+    return (P+G rows; its lists have P+G-1). Raises `RecordError` if no model is like this.
     """
 
     layers: int
@@ -30,6 +32,7 @@ class Expected:
     rows: int | None = None
     start: int = 0
     weight_version: int = 0
+    extra_rows: int = 0
 
     def __post_init__(self) -> None:
         narrowest_dtype(self.num_experts)
@@ -38,6 +41,8 @@ class Expected:
                 f"expected layers >= 1 and top_k in [1, {self.num_experts}],"
                 f" got {self.layers} and {self.top_k}"
             )
+        if self.extra_rows < 0:
+            raise RecordError(f"expected extra_rows >= 0, got {self.extra_rows}")
         moe = self.moe
         if not moe or list(moe) != sorted(set(moe)) or moe[0] < 0 or moe[-1] >= self.layers:
             raise refusal(f"moe_layers as ascending indices below {self.layers}", moe)
@@ -47,13 +52,18 @@ class Expected:
         """Global indices of the MoE layers."""
         return tuple(range(self.layers)) if self.moe_layers is None else tuple(self.moe_layers)
 
+    @property
+    def sent_rows(self) -> int | None:
+        """Rows that a payload has, those that are cut included; None for any number."""
+        return None if self.rows is None else self.rows + self.extra_rows
+
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise `RecordError` unless ``shape`` is this model's, with all layers or the MoE ones."""
         moe = len(self.moe)
-        fits = len(shape) == 3 and shape[0] >= 1
+        fits = len(shape) == 3 and shape[0] > self.extra_rows
         fits = fits and shape[1] in (self.layers, moe) and shape[2] == self.top_k
-        if not fits or self.rows not in (None, shape[0]):
-            rows = "rows" if self.rows is None else self.rows
+        if not fits or self.sent_rows not in (None, shape[0]):
+            rows = "rows" if self.sent_rows is None else self.sent_rows
             only = "" if moe == self.layers else f" or [{rows}, {moe}, {self.top_k}]"
             raise refusal(f"ids [{rows}, {self.layers}, {self.top_k}]{only}", list(shape))
 
@@ -73,8 +83,10 @@ class Expected:
             raise refusal(
                 f"ids [rows, {self.layers}, {self.top_k}]", [meta.rows, meta.layers, meta.top_k]
             )
-        if self.rows not in (None, meta.rows):
-            raise RecordError(f"expected {self.rows} rows, got {meta.rows}")
+        if self.sent_rows not in (None, meta.rows) or meta.rows <= self.extra_rows:
+            raise RecordError(
+                f"expected {self.sent_rows or f'over {self.extra_rows}'} rows, got {meta.rows}"
+            )
         if meta.moe_layers != self.moe:
             raise refusal(f"MoE layers {list(self.moe)}", meta.moe_layers)
         self.check_start(meta.start)
@@ -82,7 +94,9 @@ class Expected:
             raise RecordError(
                 f"expected weight version {self.weight_version}, got {meta.weight_version}"
             )
-        return record
+        if not self.extra_rows:
+            return record
+        return part_of(record, meta.start, meta.stop - self.extra_rows)
 
     def to_record(
         self, ids: npt.NDArray[Any], *, start: int | None = None, native_rows: bool = False
@@ -96,6 +110,7 @@ class Expected:
         if ids.dtype.kind not in "iu":
             raise refusal("integer ids", ids)
         self.check_shape(ids.shape)
+        ids = ids[: len(ids) - self.extra_rows]
         moe = list(self.moe)
         if ids.shape[1] != len(moe):
             self._check_dense(ids)

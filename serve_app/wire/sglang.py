@@ -52,11 +52,11 @@ def flat_ids(text: object, dtype: np.dtype[Any], expected: Expected) -> Any:
         raise refusal("base64 text", text)
     padding = len(text[-2:]) - len(text[-2:].rstrip("="))
     count, odd = divmod(len(text) // 4 * 3 - padding, dtype.itemsize * expected.top_k)
-    rows = count // expected.layers if expected.rows is None else expected.rows
+    rows = count // expected.layers if expected.sent_rows is None else expected.sent_rows
     layers = len(expected.moe) if count == rows * len(expected.moe) else expected.layers
     if odd or rows * layers != count or rows < 1:
         raise RecordError(
-            f"expected base64 of {dtype}[{expected.rows or 'rows'}, {expected.layers},"
+            f"expected base64 of {dtype}[{expected.sent_rows or 'rows'}, {expected.layers},"
             f" {expected.top_k}], got {len(text)} characters"
         )
     return read_ids(text, dtype, (rows, layers, expected.top_k))

@@ -1,5 +1,7 @@
 """Rank slices: gathered over all ranks they are the whole, against a reference of a few lines."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -66,8 +68,10 @@ def test_all_ranks_together_are_the_whole(
         else:
             chunks = [np.array_split(np.array(rows), 2 * cp) for rows in sequences]
             expected = np.concatenate([np.r_[c[r], c[2 * cp - 1 - r]] for c in chunks]).tolist()
-        if tail == "rank":
-            expected += [PAD] * (-len(expected) % total)
+        boundaries = np.cumsum([0, *map(len, sequences)]).tolist()
+        if tail == "rank" and (more := -len(expected) % total):
+            expected += [PAD] * more
+            boundaries.append(boundaries[-1] + cp * more)
         gathered: list[int] = []
         for s in range(sp):
             slice_ = RankSlice(
@@ -82,21 +86,32 @@ def test_all_ranks_together_are_the_whole(
             )
             rank = packed_rows(lengths, slice_)
             gathered += rows_of(rank, lengths)
-            assert rank.boundaries == np.cumsum([0, *map(len, sequences)]).tolist()
+            assert rank.boundaries == boundaries
+            assert [piece.at for piece in rank.pieces] == sorted(piece.at for piece in rank.pieces)
         assert gathered == expected
 
 
-@given(lengths=lengths_of, cp=st.sampled_from([1, 2, 4]))
-def test_the_padded_layout_right_pads_each_sequence(lengths: list[int], cp: int) -> None:
-    longest = -(-max(lengths) // (2 * cp)) * 2 * cp
+@given(
+    lengths=lengths_of,
+    cp=st.sampled_from([1, 2, 4]),
+    sp=st.sampled_from([1, 2]),
+    style=st.sampled_from(["zigzag", "contiguous"]),
+)
+def test_the_padded_layout_right_pads_each_sequence(
+    lengths: list[int], cp: int, sp: int, style: str
+) -> None:
+    multiple = 2 * cp * sp
+    longest = -(-max(lengths) // multiple) * multiple
     sequences = [rows + [PAD] * (longest - len(rows)) for rows in whole(lengths, 1)]
-    for r in range(cp):
-        rank = padded_rows(lengths, RankSlice(seq_multiple=2 * cp, cp_size=cp, cp_rank=r))
+    for r, s in itertools.product(range(cp), range(sp)):
+        rank = RankSlice(multiple, cp_size=cp, cp_rank=r, cp=style, sp_size=sp, sp_rank=s)  # type: ignore[arg-type]
         expected: list[int] = []
         for rows in sequences:
             chunks = np.array_split(np.array(rows), 2 * cp)
-            expected += np.r_[chunks[r], chunks[2 * cp - 1 - r]].tolist() if cp > 1 else rows
-        assert rows_of(rank, lengths) == expected
+            zigzag = np.r_[chunks[r], chunks[2 * cp - 1 - r]] if cp > 1 else np.array(rows)
+            mine = zigzag if style == "zigzag" else np.array_split(np.array(rows), cp)[r]
+            expected += np.array_split(mine, sp)[s].tolist()
+        assert rows_of(padded_rows(lengths, rank), lengths) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,9 +127,9 @@ def test_an_uneven_split_is_refused(rank: RankSlice, message: str) -> None:
         packed_rows([5], rank)
 
 
-def test_the_padded_layout_refuses_what_crosses_sequences() -> None:
-    with pytest.raises(ValueError, match="splits each sequence alone"):
-        padded_rows([4, 4], RankSlice(sp_size=2))
+def test_the_padded_layout_has_no_total_to_pad() -> None:
+    with pytest.raises(ValueError, match="total_multiple=1, got RankSlice"):
+        padded_rows([4, 4], RankSlice(total_multiple=8))
 
 
 @pytest.mark.parametrize(

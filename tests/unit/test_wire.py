@@ -353,6 +353,27 @@ def test_moe_layers_alone_go_to_their_global_columns(name: FormatName) -> None:
     same(decode(encode(narrow, name), wanted, allow_pickle=True), record)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [None, 3])
+def test_rows_beyond_the_returned_tokens_are_cut_when_told(
+    name: FormatName, rows: int | None
+) -> None:
+    """LMDeploy's key of a stripped stop token has P+G rows, the trainer has P+G-1."""
+    record = routes(4)
+    payload = encode(record, name)
+    told = Expected(3, 2, 16, (1, 2), rows=rows, extra_rows=1)
+    if rows is None and name in ("sglang", "sglang_tagged"):
+        told = Expected(3, 2, 16, (1, 2), rows=3, extra_rows=1)
+    found = decode(payload, told, allow_pickle=True)
+    same(found, make_record(record.ids[:3], num_experts=16, moe_layers=(1, 2)))
+    with pytest.raises(RecordError):
+        decode(payload, Expected(3, 2, 16, (1, 2), rows=3), allow_pickle=True)
+    with pytest.raises(RecordError):
+        decode(payload, Expected(3, 2, 16, (1, 2), rows=4, extra_rows=1), allow_pickle=True)
+    with pytest.raises(RecordError):
+        decode(payload, Expected(3, 2, 16, (1, 2), extra_rows=4), allow_pickle=True)
+
+
 def test_a_text_without_shape_is_all_layers_unless_the_rows_are_known() -> None:
     six_by_two = make_record(np.zeros((6, 2, 2), int), num_experts=16)
     payload = encode(six_by_two, "sglang")
@@ -452,6 +473,7 @@ def test_an_array_whose_experts_nobody_named_is_not_encoded() -> None:
         {"top_k": 17},
         {"num_experts": 0},
         {"num_experts": 65_536},
+        {"extra_rows": -1},
         {"moe_layers": ()},
         {"moe_layers": (2, 1)},
         {"moe_layers": (0, 3)},
@@ -509,6 +531,10 @@ def test_a_key_goes_through_the_store_and_anything_else_does_not() -> None:
     ids[:, 0] = 65_535
     same(reader.decode(graph.store.put(raw_record(ids)), MODEL, False), routes())
     same(reader.decode(ids.tolist(), MODEL, False), routes())
+    told = Expected(3, 2, 16, (1, 2), rows=3, extra_rows=1)
+    cut = make_record(routes().ids[:3], num_experts=16, moe_layers=(1, 2))
+    same(reader.decode(graph.store.put(raw_record(ids)), told, False), cut)
+    same(reader.decode(graph.store.put(routes()), told, False), cut)
     with pytest.raises(UnknownKey):
         reader.decode("ab" * 28, MODEL, False)
     with pytest.raises(RecordError, match="allow_pickle"):
