@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+
+MODELS_ELSEWHERE = {"models_elsewhere": True}
+"""Validation context for a file whose model lies on another machine."""
 
 
-def _checkpoint(model: str) -> str:
+def _checkpoint(model: str, info: ValidationInfo) -> str:
+    if info.context == MODELS_ELSEWHERE:
+        return model
     path = Path(model).expanduser()
     if not (path / "config.json").is_file():
         raise ValueError(
@@ -165,3 +177,8 @@ def read_args(config: Path) -> dict[str, Any]:
     """Return the builder's arguments of the first application in a Serve config file."""
     args: dict[str, Any] = yaml.safe_load(config.read_text())["applications"][0]["args"]
     return args
+
+
+def ray_environment() -> dict[str, str]:
+    """Return the environment variables that change what Ray does."""
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
