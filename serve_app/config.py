@@ -13,6 +13,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    IPvAnyNetwork,
+    SecretStr,
     ValidationInfo,
     model_validator,
 )
@@ -42,6 +44,7 @@ class ServeOptions(_Args):
 
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 64
     max_queued_requests: Annotated[int, Field(ge=-1)] = -1
@@ -67,6 +70,8 @@ class ServeOptions(_Args):
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
         }
+        if self.max_replicas_per_node is not None:
+            options["max_replicas_per_node"] = self.max_replicas_per_node
         if self.min_replicas == self.max_replicas:
             return {"num_replicas": self.max_replicas, **options}
         scaling = {
@@ -143,18 +148,65 @@ class StoreArgs(_Args):
 
 
 class DecoderArgs(_Args):
-    """The decoder: turns keys into tensors next to the data."""
+    """The decoder: turns keys into tensors next to the data.
 
+    A call goes to a replica on the node that holds its bytes; while those that there are have no
+    room it waits ``near_wait_s`` before it takes one elsewhere. ``max_answer_bytes`` bounds one
+    answer; None takes the size of its node's object store.
+    """
+
+    near_wait_s: Annotated[float, Field(ge=0)] = 2.0
+    max_answer_bytes: Annotated[int, Field(ge=1)] | None = None
     serve: ServeOptions = ServeOptions(
         max_replicas=2, target_ongoing_requests=2, max_ongoing_requests=8
     )
 
 
 class IngressArgs(_Args):
-    """The HTTP edge."""
+    """The HTTP edge.
 
+    Without ``api_keys`` everybody may sample, without ``admin_keys`` too everybody may do the
+    rest; with ``api_keys`` alone nobody may change weights, sleep or abort. Key files have a key
+    a line and keep keys out of Serve's own config and dashboard. From ``open_networks`` xtuner's
+    ``/abort_request`` and ``/terminate`` are taken without a key. ``allow_pickle`` lets
+    ``/update_weights`` unpickle what it is sent, which runs the sender's code.
+
+    ``max_sampling`` bounds what one replica samples at once, ``max_per_key`` and
+    ``requests_per_s_per_key`` what one key does there; ``max_buffered_bytes`` the request bodies
+    in memory. ``max_answer_bytes`` is the most that one fetch answers with.
+    """
+
+    model_name: str | None = None
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    serve: ServeOptions = ServeOptions(num_cpus=0.1, max_ongoing_requests=512)
+    control_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    api_keys: tuple[SecretStr, ...] = ()
+    api_keys_file: Path | None = None
+    admin_keys: tuple[SecretStr, ...] = ()
+    admin_keys_file: Path | None = None
+    open_networks: tuple[IPvAnyNetwork, ...] = ()
+    allow_pickle: bool = False
+    max_body_bytes: Annotated[int, Field(ge=1)] = 16 << 20
+    max_weights_bytes: Annotated[int, Field(ge=1)] = 256 << 20
+    max_buffered_bytes: Annotated[int, Field(ge=1)] = 512 << 20
+    body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    max_headers: Annotated[int, Field(ge=1)] = 128
+    max_sampling: Annotated[int, Field(ge=1)] = 384
+    max_per_key: Annotated[int, Field(ge=1)] | None = None
+    requests_per_s_per_key: Annotated[float, Field(gt=0)] | None = None
+    max_answer_bytes: Annotated[int, Field(ge=1)] = 256 << 20
+    access_log: bool = True
+    serve: ServeOptions = ServeOptions(
+        num_cpus=0.1, max_ongoing_requests=512, max_queued_requests=1024
+    )
+
+    @model_validator(mode="after")
+    def _room_for_control(self) -> Self:
+        if self.max_sampling >= self.serve.max_ongoing_requests:
+            raise ValueError(
+                f"max_sampling {self.max_sampling} leaves no room for aborts and health checks:"
+                f" expected less than serve.max_ongoing_requests {self.serve.max_ongoing_requests}"
+            )
+        return self
 
 
 class RolloutArgs(_Args):
