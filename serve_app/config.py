@@ -171,9 +171,10 @@ class IngressArgs(_Args):
     ``/abort_request`` and ``/terminate`` are taken without a key. ``allow_pickle`` lets
     ``/update_weights`` unpickle what it is sent, which runs the sender's code.
 
-    ``max_sampling`` bounds what one replica samples at once, ``max_per_key`` and
-    ``requests_per_s_per_key`` what one key does there; ``max_buffered_bytes`` the request bodies
-    in memory. ``max_answer_bytes`` is the most that one fetch answers with.
+    ``max_sampling`` bounds what one replica samples at once (None: three quarters of
+    ``serve.max_ongoing_requests``), ``max_per_key`` and ``requests_per_s_per_key`` what one key
+    does there; ``max_buffered_bytes`` the request bodies in memory. ``max_answer_bytes`` is the
+    most that one fetch answers with.
     """
 
     model_name: str | None = None
@@ -190,7 +191,7 @@ class IngressArgs(_Args):
     max_buffered_bytes: Annotated[int, Field(ge=1)] = 512 << 20
     body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     max_headers: Annotated[int, Field(ge=1)] = 128
-    max_sampling: Annotated[int, Field(ge=1)] = 384
+    max_sampling: Annotated[int, Field(ge=1)] | None = None
     max_per_key: Annotated[int, Field(ge=1)] | None = None
     requests_per_s_per_key: Annotated[float, Field(gt=0)] | None = None
     max_answer_bytes: Annotated[int, Field(ge=1)] = 256 << 20
@@ -199,9 +200,14 @@ class IngressArgs(_Args):
         num_cpus=0.1, max_ongoing_requests=512, max_queued_requests=1024
     )
 
+    @property
+    def sampling_limit(self) -> int:
+        """How many requests one replica samples at once; the rest is for aborts and health."""
+        return self.max_sampling or max(1, self.serve.max_ongoing_requests * 3 // 4)
+
     @model_validator(mode="after")
     def _room_for_control(self) -> Self:
-        if self.max_sampling >= self.serve.max_ongoing_requests:
+        if self.max_sampling and self.max_sampling >= self.serve.max_ongoing_requests:
             raise ValueError(
                 f"max_sampling {self.max_sampling} leaves no room for aborts and health checks:"
                 f" expected less than serve.max_ongoing_requests {self.serve.max_ongoing_requests}"
