@@ -115,18 +115,19 @@ class ServedGraph:
         finally:
             chunks.cancel()
 
-    def broadcast(self, method: str, *args: Any) -> list[Any]:
+    def broadcast(self, method: str, *args: Any, within_s: float | None = None) -> list[Any]:
         """Call a method on every engine replica; raise the first error."""
-        for answer in (answers := self.broadcast_each(method, *args)):
+        for answer in (answers := self.broadcast_each(method, *args, within_s=within_s)):
             if isinstance(answer, BaseException):
-                raise engine_error(answer, self.timeout_s)
+                raise engine_error(answer, within_s or self.timeout_s)
         return answers
 
-    def broadcast_each(self, method: str, *args: Any) -> list[Any]:
+    def broadcast_each(self, method: str, *args: Any, within_s: float | None = None) -> list[Any]:
         """Call a method on every engine replica; return each one's answer or error."""
         from ray.serve.exceptions import DeploymentUnavailableError
 
-        deadline = time.monotonic() + self.timeout_s
+        timeout_s = within_s or self.timeout_s
+        deadline = time.monotonic() + timeout_s
         while True:
             response: DeploymentBroadcastResponse = self.engine.broadcast(method, *args)
             left = max(0.0, deadline - time.monotonic())
@@ -135,12 +136,12 @@ class ServedGraph:
             except DeploymentUnavailableError:
                 answers = []  # it failed to start so far
             except _failures() as error:
-                raise engine_error(error, self.timeout_s) from None
+                raise engine_error(error, timeout_s) from None
             # A handle that has just been made may not have heard of any replica yet.
             if answers:
                 return list(answers)
             if time.monotonic() > deadline:
-                raise EngineUnavailable(f"no engine replica came up within {self.timeout_s} s")
+                raise EngineUnavailable(f"no engine replica came up within {timeout_s} s")
             time.sleep(_POLL_S)
 
     def update_weights(self, state: Any, version: int, mode: UpdateMode) -> list[WeightsResult]:

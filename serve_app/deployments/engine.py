@@ -12,7 +12,9 @@ from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.answer import Answer, Routes
 from serve_app.deployments.context import application, connect_store, replica_id
 from serve_app.deployments.routes import Earlier, RouteKeys
+from serve_app.deployments.sleeping import SleepingParts
 from serve_app.deployments.store import ExpertStore
+from serve_app.deployments.unread import Unread
 from serve_app.engines.base import Engine, ModelInfo
 from serve_app.engines.loading import load_engine
 from serve_app.errors import InvalidRequest, R3Error
@@ -41,6 +43,8 @@ class InferenceEngine:
         self._supervisor = store
         self._engine: Engine = load_engine(args)
         self._keys = RouteKeys(self._connect)
+        self._unread = Unread()
+        self._parts = SleepingParts()
         self._starting = asyncio.Lock()
         self._started = False
 
@@ -88,6 +92,14 @@ class InferenceEngine:
         """Abort one request, or all; return how many were under way here."""
         return await self._engine.abort(request_id)
 
+    async def abandon(self, request_id: str, members: int = 1) -> None:
+        """Abort a request whose client is gone, and release its key: nobody will ever read it."""
+        await self._engine.abort(request_id)
+        ids = [request_id, *(f"{request_id}-{index}" for index in range(members))]
+        keys = [key for one in ids if (key := self._unread.abandon(one))]
+        if keys:
+            await self._keys.release(keys)
+
     async def update_weights(
         self, weights: Published, version: int, mode: UpdateMode
     ) -> WeightsResult:
@@ -98,9 +110,24 @@ class InferenceEngine:
     async def sleep(self, level: SleepLevel) -> None:
         """Abort what runs and take the weights off the device; level 2 forgets them."""
         await self._engine.sleep(level)
+        self._parts.fall_asleep()
 
-    async def wake(self) -> None:
-        """Serve again; weights that were forgotten are the newest ones, else the checkpoint's."""
+    async def wake(self, tags: Sequence[str] = ()) -> None:
+        """Serve again; weights that were forgotten are the newest ones, else the checkpoint's.
+
+        With ``tags``, as LMDeploy's clients wake the weights first and then the cache, requests
+        are refused until all of them are awake; weights may be updated in between.
+        """
+        asleep = self._parts.after_waking(tags)
+        if "weights" not in asleep:
+            await self._wake_weights()
+        self._parts.asleep = asleep
+
+    async def is_sleeping(self) -> bool:
+        """Tell whether requests are refused until `wake`."""
+        return bool(self._parts.asleep)
+
+    async def _wake_weights(self) -> None:
         if self._engine.sleep_level == 2 and (newest := await _newest()):
             state = await asyncio.to_thread(unpack, newest.weights)
             await self._engine.wake(state, newest.version)
@@ -140,7 +167,9 @@ class InferenceEngine:
     async def _prepare(self, request: GenerateRequest) -> None:
         """Check a request as far as this process can tell, before anything is sampled."""
         await self._start()
+        self._parts.check_awake()
         self._engine.check(request)
+        self._unread.begins(request.request_id)
         if request.continue_from is not None and not self._args.enable_transfer_obj_ref:
             raise InvalidRequest(
                 "continue_from takes and makes keys, but enable_transfer_obj_ref is off in this"
@@ -188,6 +217,9 @@ class InferenceEngine:
             key = await self._keys.put(answer.request, record, answer.tokens, earlier)
         except R3Error as error:
             return _no_key(error)
+        if not self._unread.handed_out(answer.request.request_id, key):
+            await self._keys.release([key])
+            return Routes(error="the client went away before its key was there")
         return Routes(key, max(record.meta.stop, earlier.rows if earlier else 0))
 
     async def _hand_out_group(

@@ -64,6 +64,10 @@ class RouteKeys:
             put.add_done_callback(self._release_unread)
             raise
 
+    async def release(self, keys: Sequence[str]) -> None:
+        """End keys that nobody will read."""
+        await asyncio.to_thread((await self._found()).release, keys)
+
     @asynccontextmanager
     async def shared_rows(
         self,
@@ -77,7 +81,7 @@ class RouteKeys:
         try:
             yield Earlier(key, record.meta.stop)
         finally:
-            await asyncio.to_thread((await self._found()).release, [key])
+            await self.release([key])
 
     async def _put(
         self,
