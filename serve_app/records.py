@@ -62,10 +62,6 @@ class RecordMeta:
     format_version: int = FORMAT_VERSION
     raw: str | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the fields alone: an answer carries a header for each key, and time counts."""
-        return _unpickled, tuple(getattr(self, name) for name in self.__slots__)
-
     @property
     def dtype(self) -> np.dtype[Any]:
         """The stored dtype, which the number of experts decides; a raw array's own."""
@@ -90,16 +86,6 @@ class RecordMeta:
             )
         if (found := checksum(ids)) != self.checksum:
             raise RecordError(f"record checksum is {self.checksum:016x}, bytes have {found:016x}")
-
-
-_same: dict[tuple[int, ...], tuple[int, ...]] = {}
-
-
-def _unpickled(*fields: Any) -> RecordMeta:
-    """Share one tuple of layers among all headers, so that pickling them again writes it once."""
-    meta = RecordMeta(*fields)
-    object.__setattr__(meta, "moe_layers", _same.setdefault(meta.moe_layers, meta.moe_layers))
-    return meta
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,14 @@
-"""What a shard answers to a read: headers and places of the bytes, each object once."""
+"""What a shard answers to a read: headers and places of the bytes, each object once.
+
+Time counts for each key, so a header travels as two tuples: what records of one model share,
+written once an answer, and what is a record's own.
+"""
 
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import KeyUnreadable
 from serve_app.records import RecordMeta
@@ -14,8 +19,32 @@ if TYPE_CHECKING:
 
     from serve_app.store.outbox import Batch
 
-Found = list[tuple[RecordMeta, bytes | tuple[int, int]]]
-"""A key's segments: header and bytes, or header and (number of the ref, index in its list)."""
+Place = bytes | tuple[int, int]
+"""A record's bytes, or the number of the ref and the index in its list."""
+Found = list[tuple[RecordMeta, Place]]
+"""A key's segments."""
+
+_model_of = attrgetter("layers", "top_k", "num_experts", "moe_layers", "format_version", "raw")
+_own_of = attrgetter("rows", "start", "weight_version", "checksum", "token_hash", "invalid")
+
+
+def _header(own: tuple[Any, ...], model: tuple[Any, ...]) -> RecordMeta:
+    rows, start, weight_version, checksum, token_hash, invalid = own
+    layers, top_k, num_experts, moe_layers, format_version, raw = model
+    return RecordMeta(
+        rows,
+        layers,
+        top_k,
+        num_experts,
+        start,
+        moe_layers,
+        weight_version,
+        checksum,
+        token_hash,
+        invalid,
+        format_version,
+        raw,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +60,49 @@ class ReadAnswer:
     @property
     def found(self) -> list[Found | KeyUnreadable]:
         """What each key is made of, or why it has nothing."""
-        unpacked: list[Found | KeyUnreadable] = pickle.loads(self.packed)
-        return unpacked
+        models, chains = pickle.loads(self.packed)
+        return [
+            [(_header(own, models[number]), place) for own, number, place in chain]
+            if isinstance(chain, list)
+            else chain
+            for chain in chains
+        ]
 
 
 class Collected:
     """Puts an answer together: each chain's headers, and every object once."""
 
     def __init__(self) -> None:
-        self.found: list[Found | KeyUnreadable] = []
+        self._chains: list[list[tuple[Any, int, Place]] | KeyUnreadable] = []
+        self._models: list[tuple[Any, ...]] = []
         self._refs: list[ray.ObjectRef[Batch]] = []
         self._numbers: dict[int, int] = {}
 
     def add(self, chain: Sequence[tuple[RecordMeta, Payload]]) -> None:
         """Add one key's segments."""
-        segments: Found = []
-        for meta, payload in chain:
-            if isinstance(payload, bytes):
-                segments.append((meta, payload))
-                continue
-            blob = payload.blob
-            if (number := self._numbers.setdefault(id(blob), len(self._refs))) == len(self._refs):
-                self._refs.append(blob.ref)
-            segments.append((meta, (number, payload.index)))
-        self.found.append(segments)
+        self._chains.append(
+            [(_own_of(meta), self._model(meta), self._place(payload)) for meta, payload in chain]
+        )
+
+    def miss(self, why: KeyUnreadable) -> None:
+        """Add a key that cannot be read."""
+        self._chains.append(why)
 
     def answer(self) -> ReadAnswer:
         """Return everything that was added."""
-        return ReadAnswer(pickle.dumps(self.found, pickle.HIGHEST_PROTOCOL), self._refs)
+        packed = pickle.dumps((self._models, self._chains), pickle.HIGHEST_PROTOCOL)
+        return ReadAnswer(packed, self._refs)
+
+    def _model(self, meta: RecordMeta) -> int:
+        model = _model_of(meta)
+        if not self._models or model != self._models[-1]:
+            self._models.append(model)
+        return len(self._models) - 1
+
+    def _place(self, payload: Payload) -> Place:
+        if isinstance(payload, bytes):
+            return payload
+        blob = payload.blob
+        if (number := self._numbers.setdefault(id(blob), len(self._refs))) == len(self._refs):
+            self._refs.append(blob.ref)
+        return number, payload.index

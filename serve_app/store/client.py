@@ -87,7 +87,7 @@ class ShardStore:
 
     def fetch(self, keys: Sequence[str]) -> list[Segments | Unreadable]:
         """See `RecordStore`."""
-        reads: list[tuple[str, Found]] = []
+        reads: list[tuple[str, Found, int]] = []
         refs: list[ray.ObjectRef[outbox.Batch]] = []
 
         def receive(texts: list[str], reply: ReadAnswer) -> dict[str, Unreadable]:
@@ -96,7 +96,7 @@ class ShardStore:
                 if isinstance(found, KeyUnreadable):
                     unreadable[text] = found
                 else:
-                    reads.append((text, _renumber(found, len(refs))))
+                    reads.append((text, found, len(refs)))
             refs.extend(reply.refs)
             return unreadable
 
@@ -104,8 +104,8 @@ class ShardStore:
             **self._router.ask(keys, lambda shard, texts: shard.read.remote(texts), receive)
         }
         batches = get_all(refs, self.args.call_timeout_s)
-        for text, found in reads:
-            answers[text] = _segments(found, batches)
+        for text, found, first in reads:
+            answers[text] = _segments(found, batches, first)
         return [answers[text] for text in keys]
 
     def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
@@ -275,21 +275,17 @@ def _one(answers: list[str | StoreError]) -> str:
     return answers[0]
 
 
-def _renumber(found: Found, by: int) -> Found:
-    return [
-        (meta, where if isinstance(where, bytes) else (where[0] + by, where[1]))
-        for meta, where in found
-    ]
-
-
-def _segments(found: Found, batches: list[outbox.Batch | Unreadable]) -> Segments | Unreadable:
+def _segments(
+    found: Found, batches: list[outbox.Batch | Unreadable], first: int = 0
+) -> Segments | Unreadable:
+    """Join headers and bytes; the answer's own batches begin at number ``first``."""
     segments: Segments = []
     for meta, where in found:
         if isinstance(where, bytes):
             ids = np.frombuffer(where, meta.dtype).reshape(meta.rows, meta.layers, meta.top_k)
             segments.append(Record(meta, ids))
             continue
-        batch = batches[where[0]]
+        batch = batches[first + where[0]]
         if not isinstance(batch, list):
             return batch
         segments.append(Record(meta, batch[where[1]]))

@@ -126,7 +126,7 @@ class Shard:
             try:
                 collected.add(self._holdings.ledger.read(self._find(text), begun))
             except KeyUnreadable as why:
-                collected.found.append(why)
+                collected.miss(why)
                 continue
             self._holdings.counts.gets += 1
         self._metrics.took("read", time.monotonic() - begun)
