@@ -5,9 +5,18 @@ from serve_app.engines.base import Engine
 
 
 def load_engine(args: EngineArgs) -> Engine:
-    """Load the model that ``args`` names and return its engine."""
+    """Load the model that ``args`` name and return its engine."""
     if args.backend == "transformers":
         from serve_app.engines.transformers import TransformersEngine
 
         return TransformersEngine(args)
-    raise ValueError(f"this version serves backend 'transformers', got {args.backend!r}")
+    from serve_app.engines.lmdeploy_model import read_model
+    from serve_app.engines.lmdeploy_options import check_installed, check_machine, split_options
+
+    check_installed()
+    model = read_model(args)
+    options = split_options(args.engine_kwargs)
+    check_machine()
+    from serve_app.engines.lmdeploy import LmdeployEngine
+
+    return LmdeployEngine(args, model, options)

@@ -18,12 +18,13 @@ class WeightSpec:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        state = model.state_dict()
+        state = model.state_dict(keep_vars=True)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         by_memory: dict[int, set[str]] = {}
         for name, tensor in state.items():
-            if tensor.numel():  # all empty tensors have the same address
-                by_memory.setdefault(tensor.data_ptr(), set()).add(name)
+            if tensor.numel():  # all empty tensors have the same address, and all meta ones
+                where = id(tensor) if tensor.is_meta else tensor.data_ptr()
+                by_memory.setdefault(where, set()).add(name)
         self._tied = {name: {name} for name in state}
         self._tied |= {name: names for names in by_memory.values() for name in names}
 
