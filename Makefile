@@ -1,4 +1,4 @@
-# make demo | test | check | bench | setup        RAY=2.60.0 runs them on another Ray
+# make demo | test | check | bench | k8s-check | release | setup        RAY=2.60.0 runs them on another Ray
 PYTHON ?= python3
 RAY ?= 2.58.1
 VENV := $(if $(filter 2.58.1,$(RAY)),.venv,.venv-ray-$(RAY))
@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= disabled
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench k8s k8s-check clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+k8s: setup
+	$(BIN)/python -m k8s.serve_config
+
+k8s-check: setup
+	$(BIN)/python -m tests.k8s.check
+	$(BIN)/python -m pytest tests/k8s
 
 bench: setup
 	$(BIN)/python -m benchmarks.transfer
