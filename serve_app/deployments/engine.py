@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
 
 import ray
 from ray.serve.handle import DeploymentHandle
@@ -15,6 +16,7 @@ from serve_app.deployments.routes import Earlier, RouteKeys
 from serve_app.deployments.sleeping import SleepingParts
 from serve_app.deployments.store import ExpertStore
 from serve_app.deployments.unread import Unread
+from serve_app.deployments.weights_inbox import PartialUpdates
 from serve_app.engines.base import Engine, ModelInfo
 from serve_app.engines.loading import load_engine
 from serve_app.errors import InvalidRequest, R3Error
@@ -30,6 +32,10 @@ from serve_app.types import (
     WeightsResult,
 )
 from serve_app.weights import Newest, Published, newest_weights, unpack
+from serve_app.weights_parts import BroadcastPart, GroupSpec, PickledPart
+
+if TYPE_CHECKING:
+    import torch
 
 
 class InferenceEngine:
@@ -45,6 +51,7 @@ class InferenceEngine:
         self._keys = RouteKeys(self._connect)
         self._unread = Unread()
         self._parts = SleepingParts()
+        self._updates = PartialUpdates()
         self._starting = asyncio.Lock()
         self._started = False
 
@@ -107,6 +114,25 @@ class InferenceEngine:
         await self._start()
         return await self._load(weights, version, mode)
 
+    async def add_weights(self, part: PickledPart | BroadcastPart) -> int:
+        """Take some of the tensors of an update that comes in parts; return how many."""
+        return await self._updates.add(part)
+
+    async def commit_weights(self, version: int, publisher: str) -> WeightsResult:
+        """Serve what came in parts; the replica ``publisher`` keeps it for later replicas."""
+        await self._start()
+        return await self._updates.commit(version, publisher, self._take)
+
+    async def join_weights_group(
+        self, spec: GroupSpec, replicas: Sequence[str], timeout_s: float
+    ) -> None:
+        """Join a trainer's process group; ``replicas`` are all, in the order of their ranks."""
+        await self._updates.join(spec, replicas, timeout_s)
+
+    async def leave_weights_group(self, name: str) -> None:
+        """Leave a trainer's process group."""
+        await self._updates.leave(name)
+
     async def sleep(self, level: SleepLevel) -> None:
         """Abort what runs and take the weights off the device; level 2 forgets them."""
         await self._engine.sleep(level)
@@ -161,6 +187,16 @@ class InferenceEngine:
     async def _load(self, weights: Published, version: int, mode: UpdateMode) -> WeightsResult:
         begun = time.monotonic()
         state = await asyncio.to_thread(unpack, weights)
+        return await self._take(state, version, mode, begun)
+
+    async def _take(
+        self,
+        state: "Mapping[str, torch.Tensor]",
+        version: int,
+        mode: UpdateMode = "abort",
+        begun: float | None = None,
+    ) -> WeightsResult:
+        begun = begun or time.monotonic()
         await self._engine.update_weights(state, version, mode)
         return WeightsResult(replica_id(), version, time.monotonic() - begun)
 
