@@ -10,6 +10,7 @@ from ray import serve
 
 from serve_app.config import DecoderArgs, ServeOptions, StoreArgs
 from serve_app.deployments.decoder import ExpertDecoder
+from serve_app.deployments.placement import near_bytes
 from serve_app.deployments.store import ExpertStore
 from serve_app.served import DECODER, STORE
 from serve_app.store.directory import open_directory
@@ -45,5 +46,7 @@ def serve_decoder(app: str) -> None:
     open_directory(app, store, store.call_timeout_s)
     serve.start(proxy_location="Disabled")
     supervisor = serve.deployment(name=STORE, **store.serve.deployment())(ExpertStore)
-    served = serve.deployment(name=DECODER, **decoder.serve.deployment())(ExpertDecoder)
+    served = serve.deployment(
+        name=DECODER, request_router_config=near_bytes(decoder), **decoder.serve.deployment()
+    )(ExpertDecoder)
     serve.run(served.bind(decoder, store, supervisor.bind(store)), name=app, route_prefix=None)

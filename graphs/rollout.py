@@ -8,8 +8,10 @@ from ray.serve import Application
 from serve_app.config import RolloutArgs, read_args
 from serve_app.deployments.decoder import ExpertDecoder
 from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.placement import near_bytes
 from serve_app.deployments.store import ExpertStore
-from serve_app.ingress.app import Ingress, http
+from serve_app.ingress.app import http
+from serve_app.ingress.edge import Ingress
 from serve_app.served import DECODER, ENGINE, INGRESS, STORE
 
 
@@ -17,13 +19,18 @@ def build(args: RolloutArgs) -> Application:
     """Compose the application that `serve run graphs/rollout.yaml` serves."""
     store = serve.deployment(name=STORE, **args.store.serve.deployment())(ExpertStore)
     engine = serve.deployment(name=ENGINE, **args.engine.serve.deployment())(InferenceEngine)
-    decoder = serve.deployment(name=DECODER, **args.decoder.serve.deployment())(ExpertDecoder)
+    decoder = serve.deployment(
+        name=DECODER,
+        request_router_config=near_bytes(args.decoder),
+        **args.decoder.serve.deployment(),
+    )(ExpertDecoder)
     edge = serve.deployment(name=INGRESS, **args.ingress.serve.deployment())(
         serve.ingress(http)(Ingress)
     )
     supervisor = store.bind(args.store)
     return edge.bind(
         args.ingress,
+        args.engine,
         engine.bind(args.engine, args.store, supervisor),
         decoder.bind(args.decoder, args.store, supervisor),
     )

@@ -5,6 +5,7 @@ from ray.serve import Application
 
 from serve_app.config import StoreGraphArgs
 from serve_app.deployments.decoder import ExpertDecoder
+from serve_app.deployments.placement import near_bytes
 from serve_app.deployments.store import ExpertStore
 from serve_app.served import DECODER, STORE
 
@@ -12,5 +13,9 @@ from serve_app.served import DECODER, STORE
 def build(args: StoreGraphArgs) -> Application:
     """Compose the application that `serve run graphs/store.yaml` serves; it has no HTTP route."""
     store = serve.deployment(name=STORE, **args.store.serve.deployment())(ExpertStore)
-    decoder = serve.deployment(name=DECODER, **args.decoder.serve.deployment())(ExpertDecoder)
+    decoder = serve.deployment(
+        name=DECODER,
+        request_router_config=near_bytes(args.decoder),
+        **args.decoder.serve.deployment(),
+    )(ExpertDecoder)
     return decoder.bind(args.decoder, args.store, store.bind(args.store))

@@ -1,7 +1,7 @@
 """The awaited client: generation uses no thread, store calls use one each."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,22 @@ class AsyncRoutedExpertsClient:
     ) -> "asyncio.Task[ExpertBatch]":
         """Start `materialize` in the background; await the task for its batch."""
         return asyncio.create_task(self.materialize(sequences, **how))
+
+    async def micro_batches(
+        self, groups: Iterable[Sequence[RoutedSequence]], **how: Any
+    ) -> AsyncIterator[ExpertBatch]:
+        """See `RoutedExpertsClient.micro_batches`."""
+        coming: asyncio.Task[ExpertBatch] | None = None
+        try:
+            for group in groups:
+                last, coming = coming, await self.prefetch(group, **how)
+                if last is not None:
+                    yield await last
+            if coming is not None:
+                yield await coming
+        finally:
+            if coming is not None:
+                coming.cancel()
 
     async def tag(self, keys: Sequence[str], tag: str) -> int:
         """See `RoutedExpertsClient.tag`."""

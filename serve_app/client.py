@@ -4,7 +4,7 @@ It works in a driver, a task or an actor. Every call ends within a timeout, and 
 of `serve_app.errors`. `serve_app.async_client` has the same, awaited.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -196,24 +196,42 @@ class RoutedExpertsClient:
         pad_seed: int = 0,
         where: Where = "auto",
         out: "torch.Tensor | None" = None,
+        pin: bool = False,
     ) -> ExpertBatch:
         """Turn keys into one tensor ``[tokens, layers, top_k]`` and its validity.
 
         ``rank`` cuts one trainer rank's rows and layers out; see `serve_app.types.RankSlice`, and
         `BatchSpec` for ``layout`` and ``pad``. ``dtype=None`` keeps the stored width. ``out``, a
-        CPU tensor of the right shape and dtype, is filled instead of a new one.
+        CPU tensor of the right shape and dtype, is filled instead of a new one; ``pin`` makes the
+        new one page-locked where CUDA is.
         ``where="local"`` assembles in this process straight from shared memory, ``"decoder"`` in
-        a decoder replica, ``"auto"`` locally if all bytes are on this node. See
+        decoder replicas next to the bytes, ``"auto"`` locally if all bytes are on this node. See
         `serve_app.materialize.materialize` for the errors.
         """
         spec = BatchSpec(dtype, on_missing, layout, rank or RankSlice(), pad, pad_seed)
-        return self._reader.materialize(sequences, spec, where, out)
+        return self._reader.materialize(sequences, spec, where, out, pin)
 
     def prefetch(self, sequences: Sequence[RoutedSequence], **how: Any) -> "Future[ExpertBatch]":
         """Start `materialize` in the background; ``.result()`` gives its batch."""
         if self._prefetcher is None:
             self._prefetcher = ThreadPoolExecutor(1, "r3serve-prefetch")
         return self._prefetcher.submit(self.materialize, sequences, **how)
+
+    def micro_batches(
+        self, groups: Iterable[Sequence[RoutedSequence]], **how: Any
+    ) -> Iterator[ExpertBatch]:
+        """Yield `materialize` of each group, while the next one is already on its way."""
+        coming: Future[ExpertBatch] | None = None
+        try:
+            for group in groups:
+                last, coming = coming, self.prefetch(group, **how)
+                if last is not None:
+                    yield last.result()
+            if coming is not None:
+                yield coming.result()
+        finally:
+            if coming is not None:
+                coming.cancel()
 
     def tag(self, keys: Sequence[str], tag: str) -> int:
         """Move keys under another tag; return how many."""

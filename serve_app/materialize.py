@@ -1,13 +1,13 @@
 """Keys to a packed tensor: fetch, stitch, lay out. The one path of the client and the decoder."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from serve_app.assemble.copying import Copies
+from serve_app.assemble.destination import Allocate, Array, destination
 from serve_app.assemble.layout import Padding, blocks_of, columns_of, fill
-from serve_app.assemble.ranks import packed_rows, padded_rows
+from serve_app.assemble.ranks import Piece, RankRows, rank_rows
 from serve_app.assemble.stitch import Stitched, stitch
 from serve_app.errors import KeyExpired, RecordError, RoutesGap, RoutesLost
 from serve_app.records import Record
@@ -16,13 +16,9 @@ from serve_app.store.keys import shorten
 from serve_app.types import (
     BatchSpec,
     MissingRows,
-    OutputDtype,
     PackedExperts,
     RoutedSequence,
 )
-
-Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
-"""Makes an array of a shape and dtype; what is in it does not matter."""
 
 _MASKABLE = (RoutesLost, KeyExpired)
 
@@ -31,8 +27,9 @@ def materialize(
     store: RecordStore,
     sequences: Sequence[RoutedSequence],
     spec: BatchSpec | None = None,
-    out: npt.NDArray[Any] | None = None,
+    out: Array | None = None,
     allocate: Allocate = np.empty,
+    pieces: Sequence[Piece] | None = None,
 ) -> PackedExperts:
     """Turn sequences of keys into ids ``[tokens, layers, top_k]`` and what comes with them.
 
@@ -40,7 +37,8 @@ def materialize(
     fit. With ``on_missing="mask"`` gaps, lost and expired keys become rows with ``valid=False``
     and are listed in ``missing``; otherwise they raise `RoutesGap`, `RoutesLost` or `KeyExpired`.
     Unknown and released keys always raise, and so do records of another model, and splits that
-    do not come out even (ValueError).
+    do not come out even (ValueError). ``pieces`` stands in for the rows of ``spec.rank``, one
+    after the other; every sequence is still checked as a whole.
     """
     spec = spec or BatchSpec()
     if not sequences:
@@ -56,32 +54,28 @@ def materialize(
     if missing and spec.on_missing == "raise":
         gap = missing[0]
         raise RoutesGap(
-            f"sequence {gap.index}, key {shorten(sequences[gap.index].key)}: rows {gap.first} to"
+            f"key {shorten(sequences[gap.index].key)}: rows {gap.first} to"
             f" {gap.first + gap.count - 1} were never captured"
         )
     lengths = [sequence.length for sequence in sequences]
-    lay_out = padded_rows if spec.layout == "padded" else packed_rows
-    rows = lay_out(lengths, spec.rank)
+    rows = rank_rows(lengths, spec) if pieces is None else RankRows(list(pieces), [])
     columns = columns_of(model.meta.layers, model.moe_layers, spec)
     blocks = blocks_of(columns)
-    lead = (
-        (len(sequences), rows.rows // len(sequences)) if spec.layout == "padded" else (rows.rows,)
-    )
-    shape = (*lead, len(columns), model.meta.top_k)
-    ids = _destination(out, shape, model.meta.dtype, spec.dtype, allocate)
-    valid = np.empty(lead, dtype=np.bool_)
+    shape = (*rows.lead, len(columns), model.meta.top_k)
+    ids = destination(out, shape, model.meta.dtype, spec.dtype, allocate)
+    valid = np.empty(rows.lead, dtype=np.bool_)
     flat, flat_valid = ids.reshape(rows.rows, *ids.shape[-2:]), valid.reshape(rows.rows)
-    padding, at = Padding(spec, model.num_experts), 0
-    for piece in rows.pieces:
-        here = slice(at, at := at + piece.count)
+    padding, copies = Padding(spec, model.num_experts, columns), Copies()
+    for here, piece in rows.placed():
         segments = None if piece.sequence is None else readable[piece.sequence]
         if segments is None or piece.sequence is None:
-            padding.fill(flat[here], flat_valid[here])
+            padding.fill(flat[here], flat_valid[here], piece.at)
             continue
         sequence, plan = sequences[piece.sequence], plans[piece.sequence]
         if plan is None or piece.count < sequence.length:
             plan = stitch(segments, sequence.first + piece.first, piece.count)
-        fill(flat[here], flat_valid[here], segments, plan, blocks, padding)
+        fill(flat[here], flat_valid[here], segments, plan, blocks, padding, copies, piece.at)
+    copies.run()
     moe = tuple(layer for layer in columns if layer in set(model.moe_layers))
     return PackedExperts(
         ids=ids,
@@ -91,6 +85,7 @@ def materialize(
         columns=columns,
         num_experts=model.num_experts,
         missing=missing,
+        model=_shape(model),
     )
 
 
@@ -139,23 +134,3 @@ def _missing(
         elif plan.missing:
             missing += [MissingRows(index, *span, "RoutesGap") for span in plan.missing]
     return tuple(missing)
-
-
-def _destination(
-    out: npt.NDArray[Any] | None,
-    shape: tuple[int, ...],
-    stored: np.dtype[Any],
-    asked: OutputDtype | None,
-    allocate: Allocate,
-) -> npt.NDArray[Any]:
-    dtype = np.dtype(asked) if asked else stored
-    if not np.can_cast(stored, dtype, "safe"):
-        raise RecordError(f"{dtype} cannot hold every id stored as {stored}")
-    if out is None:
-        return allocate(shape, dtype)
-    usable = out.flags.c_contiguous and out.flags.writeable
-    if out.shape != shape or out.dtype != dtype or not usable:
-        raise ValueError(
-            f"out must be a writable {dtype}{list(shape)}, got {out.dtype}{list(out.shape)}"
-        )
-    return out

@@ -1,21 +1,20 @@
 """Reading keys: where to assemble, and how often to try."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from serve_app.assemble.joining import joined
-from serve_app.errors import DecoderUnavailable, EngineUnavailable
+from serve_app.assemble.shares import Nodes
 from serve_app.materialize import materialize
 from serve_app.records import Record
-from serve_app.served import ServedGraph, wait_answer
+from serve_app.remote import Decoders
+from serve_app.served import ServedGraph
 from serve_app.store.client import ShardStore
-from serve_app.store.keys import shorten
+from serve_app.store.directory import this_node
+from serve_app.store.keys import parse, shorten
 from serve_app.types import (
     BatchSpec,
     ExpertBatch,
@@ -36,6 +35,7 @@ class Reader:
 
     def __init__(self, graph: ServedGraph) -> None:
         self._graph = graph
+        self._decoders = Decoders(graph)
 
     def get(self, key: str) -> Record:
         """Return a key's whole sequence as one record."""
@@ -58,55 +58,37 @@ class Reader:
         sequences: Sequence[RoutedSequence],
         spec: BatchSpec,
         where: Where,
-        out: "torch.Tensor | None",
+        out: "torch.Tensor | None" = None,
+        pin: bool = False,
     ) -> ExpertBatch:
         """See `serve_app.client.RoutedExpertsClient.materialize`."""
         if where not in ("auto", "local", "decoder"):
             raise ValueError(f"where must be 'auto', 'local' or 'decoder', got {where!r}")
         target = None if out is None else out.numpy()
-        if where == "decoder" or (where == "auto" and not self._all_local(sequences)):
-            packed = self._ask_decoder(sequences, spec)
-            if target is not None:
-                packed = _copied(packed, target)
+        allocate = _pinned if pin else None
+        if (nodes := self._elsewhere(sequences, where)) is None:
+            packed = materialize(self._graph.store, sequences, spec, target, allocate or np.empty)
         else:
-            packed = materialize(self._graph.store, sequences, spec, target)
+            packed = self._decoders.materialize(sequences, nodes, spec, target, allocate)
         return _as_tensors(packed, out)
 
-    def _all_local(self, sequences: Sequence[RoutedSequence]) -> bool:
+    def _elsewhere(self, sequences: Sequence[RoutedSequence], where: Where) -> Nodes | None:
+        """Return the nodes to read at, None to read here."""
         store = self._graph.store
+        if where == "local" or (where == "auto" and not isinstance(store, ShardStore)):
+            return None
         if not isinstance(store, ShardStore):
-            return True
-        return all(store.is_local(sequence.key) for sequence in sequences)
-
-    def _ask_decoder(self, sequences: Sequence[RoutedSequence], spec: BatchSpec) -> PackedExperts:
-        """Call a decoder replica; once more if it died, since the bytes are not its own."""
-        try:
-            return self._decode(sequences, spec)
-        except DecoderUnavailable:
-            return self._decode(sequences, spec)
-
-    def _decode(self, sequences: Sequence[RoutedSequence], spec: BatchSpec) -> PackedExperts:
-        timeout_s = self._graph.timeout_s
-        response = self._graph.decoder.materialize.remote(list(sequences), spec)
-        try:
-            answer: Any = wait_answer(response, timeout_s)
-            if isinstance(answer, list):
-                answer = ray.get(answer[0], timeout=timeout_s)
-        except EngineUnavailable as error:
-            raise DecoderUnavailable(str(error).replace("engine", "decoder")) from None
-        except (ObjectLostError, GetTimeoutError) as error:
-            raise DecoderUnavailable(f"the decoder's answer was lost: {error}") from None
-        return cast("PackedExperts", answer)
+            return {"": range(len(sequences))}
+        nodes: dict[str, list[int]] = {}
+        for number, sequence in enumerate(sequences):
+            nodes.setdefault(parse(sequence.key, store.app).shard, []).append(number)
+        return None if where == "auto" and set(nodes) <= {this_node()} else nodes
 
 
-def _copied(packed: PackedExperts, target: npt.NDArray[Any]) -> PackedExperts:
-    if target.shape != packed.ids.shape or target.dtype != packed.ids.dtype:
-        raise ValueError(
-            f"out must be {packed.ids.dtype}{list(packed.ids.shape)},"
-            f" got {target.dtype}{list(target.shape)}"
-        )
-    np.copyto(target, packed.ids)
-    return replace(packed, ids=target)
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    from serve_app.tensors import pinned
+
+    return pinned(shape, dtype)
 
 
 def _as_tensors(packed: PackedExperts, out: "torch.Tensor | None") -> ExpertBatch:

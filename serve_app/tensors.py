@@ -8,6 +8,15 @@ import numpy.typing as npt
 import torch
 
 
+def pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return a new array, page-locked where CUDA is, so that copies to the device overlap."""
+    if not torch.cuda.is_available():
+        return np.empty(shape, dtype)
+    like = torch.from_numpy(np.empty(0, dtype)).dtype
+    array: npt.NDArray[Any] = torch.empty(shape, dtype=like, pin_memory=True).numpy()
+    return array
+
+
 def tensor_over(array: npt.NDArray[Any]) -> torch.Tensor:
     """Return a tensor on the array's own memory, read-only arrays included; copies nothing.
 

@@ -138,7 +138,8 @@ class RankSlice:
 
     Applied in this order: each sequence is padded to ``seq_multiple`` rows (2·cp for zigzag,
     tp·2·cp with sequence parallelism); the total to ``total_multiple``, by lengthening the last
-    sequence, by one more sequence, or at the end of each rank's own rows (``tail``); context
+    sequence, by one more sequence, or at the end of each context parallel rank's own rows
+    (``tail``; ``total_multiple`` is then of the rank's rows); context
     parallel ranks take their chunks, per sequence (``zigzag``, as Megatron) or of the whole
     buffer (``contiguous``); sequence parallel ranks take contiguous shares of that.
     ``layers`` are global layer indices, in the order wanted (pipeline stages, virtual ones too);
@@ -213,7 +214,10 @@ class MissingRows:
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
-    """`ExpertBatch` in numpy: what the decoder answers and the client wraps."""
+    """`ExpertBatch` in numpy: what the decoder answers and the client wraps.
+
+    ``model`` is what all records of it share: layers, top_k, experts, and the MoE layers.
+    """
 
     ids: npt.NDArray[Any]
     valid: npt.NDArray[np.bool_]
@@ -222,6 +226,7 @@ class PackedExperts:
     columns: tuple[int, ...]
     num_experts: int
     missing: tuple[MissingRows, ...] = ()
+    model: tuple[int, int, int, tuple[int, ...]] = (0, 0, 0, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +235,8 @@ class ExpertBatch:
 
     ``ids`` ``[tokens, layers, top_k]`` (packed) or ``[sequences, length, layers, top_k]``;
     ``valid`` bool, the same without the last two, False = route natively; ``cu_seqlens`` int32
-    ``[sequences + 1]``, the global padded boundaries; ``layers`` the MoE layers' global indices,
+    ``[sequences + 1]``, the global padded boundaries, one more where padding is a sequence of its
+    own (every ``tail`` but ``last_sequence``); ``layers`` the MoE layers' global indices,
     ``columns`` the global layer of each of the ids' layers.
     """
 

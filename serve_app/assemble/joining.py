@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from serve_app.assemble.copying import Copies
 from serve_app.assemble.layout import Padding, blocks_of, fill
 from serve_app.assemble.stitch import stitch
 from serve_app.records import Record, make_record
@@ -17,10 +18,10 @@ def joined(segments: Sequence[Record]) -> Record:
     rows = max(segment.meta.stop for segment in segments) - start
     ids = np.zeros((rows, first.layers, first.top_k), first.dtype)
     valid = np.zeros(rows, dtype=np.bool_)
-    padding = Padding(BatchSpec(), first.num_experts)
-    fill(
-        ids, valid, segments, stitch(segments, start, rows), blocks_of(range(first.layers)), padding
-    )
+    padding, copies = Padding(BatchSpec(), first.num_experts), Copies()
+    plan, blocks = stitch(segments, start, rows), blocks_of(range(first.layers))
+    fill(ids, valid, segments, plan, blocks, padding, copies)
+    copies.run()
     whole = make_record(
         ids,
         num_experts=first.num_experts,

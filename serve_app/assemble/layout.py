@@ -1,4 +1,4 @@
-"""Copy stitched rows into an array: a single pass over the bytes, widening included."""
+"""Lay stitched rows out in an array: a single pass over the bytes, widening included."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from serve_app.assemble.copying import Copies
 from serve_app.assemble.stitch import Stitched
 from serve_app.records import Record
 from serve_app.types import BatchSpec
@@ -14,26 +15,57 @@ Array = npt.NDArray[Any]
 Valid = npt.NDArray[np.bool_]
 Block = tuple[slice, slice]
 """Columns of the batch, and the columns of a record that go there."""
+_AT_ONCE = 1 << 16
+"""Ids of padding that are computed at once: they take 8 bytes each meanwhile."""
 
 
 class Padding:
-    """Fills rows that no record covers with the ids that a batch's pad policy asks for."""
+    """Fills rows that no record covers with the ids that a batch's pad policy asks for.
 
-    def __init__(self, spec: BatchSpec, num_experts: int) -> None:
+    They depend on the row of the padded batch, the layer and the seed alone, so the ranks' parts
+    together are the whole, padding included.
+    """
+
+    def __init__(self, spec: BatchSpec, num_experts: int, columns: Sequence[int] = ()) -> None:
         self._policy = spec.pad
         self._experts = num_experts
-        self._random = np.random.default_rng(spec.pad_seed)
+        self._seed = np.array([spec.pad_seed % 2**64], np.uint64)
+        self._columns = np.array(columns, np.uint64)
 
-    def fill(self, ids: Array, valid: Valid) -> None:
-        """Fill ``ids`` ``[rows, layers, top_k]``; all of them are invalid, whatever the ids."""
+    def fill(self, ids: Array, valid: Valid, at: int = 0) -> None:
+        """Fill ``ids`` ``[rows, layers, top_k]`` of the padded batch's rows from ``at`` on.
+
+        All of them are invalid, whatever the ids.
+        """
         valid[:] = False
         if self._policy == "mask":
             ids[:] = 0
-        elif self._policy == "random":
-            ids[:] = self._random.integers(0, self._experts, ids.shape)
-        else:
-            rows, _, top_k = ids.shape
-            ids[:] = (np.arange(rows * top_k).reshape(rows, 1, top_k)) % self._experts
+            return
+        rows, layers, top_k = ids.shape
+        for first in range(0, rows, stretch := max(1, _AT_ONCE // max(1, layers * top_k))):
+            some = ids[first : first + stretch]
+            row = np.arange(at + first, at + first + len(some), dtype=np.uint64)
+            if self._policy == "spread":
+                some[:] = self._spread(row, top_k)[:, None]
+            else:
+                some[:] = self._random(row, top_k)
+
+    def _spread(self, row: Array, top_k: int) -> Array:
+        counted = row[:, None] * np.uint64(top_k) + np.arange(top_k, dtype=np.uint64)
+        return counted % np.uint64(self._experts)
+
+    def _random(self, row: Array, top_k: int) -> Array:
+        slot = self._columns[:, None] << np.uint64(32) | np.arange(top_k, dtype=np.uint64)
+        key = _scrambled(_scrambled(self._seed) + row)
+        return _scrambled(key[:, None, None] + slot) % np.uint64(self._experts)
+
+
+def _scrambled(numbers: Array) -> Array:
+    """Splitmix64: another number for each, all bits mixed; arithmetic is modulo 2**64."""
+    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def columns_of(layers: int, moe_layers: Sequence[int], spec: BatchSpec) -> tuple[int, ...]:
@@ -53,17 +85,24 @@ def fill(
     plan: Stitched,
     blocks: Sequence[Block],
     padding: Padding,
+    copies: Copies,
+    at: int = 0,
 ) -> None:
-    """Fill rows of one sequence: ``ids`` ``[rows, columns, top_k]``, ``valid`` ``[rows]``."""
+    """Fill rows of one sequence, the padded batch's from ``at`` on.
+
+    ``ids`` is ``[rows, columns, top_k]``, ``valid`` ``[rows]``.
+
+    What records cover is only noted in ``copies``; it stands there after their ``run``.
+    """
     for first, count in plan.missing:
-        padding.fill(ids[first : first + count], valid[first : first + count])
+        padding.fill(ids[first : first + count], valid[first : first + count], at + first)
     if plan.tail:
-        padding.fill(ids[-1:], valid[-1:])
+        padding.fill(ids[-1:], valid[-1:], at + len(ids) - 1)
     for run in plan.runs:
         segment, rows = segments[run.segment], slice(run.target, run.target + run.count)
         source = segment.ids[run.source : run.source + run.count]
         for target_columns, source_columns in blocks:
-            np.copyto(ids[rows, target_columns], source[:, source_columns], casting="safe")
+            copies.add(ids[rows, target_columns], source[:, source_columns])
         valid[rows] = True
         for row in segment.meta.invalid:
             if run.source <= row < run.source + run.count:

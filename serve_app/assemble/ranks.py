@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from serve_app.types import RankSlice
+from serve_app.types import BatchSpec, RankSlice
 
 Range = tuple[int, int]
 
@@ -37,15 +37,34 @@ class RankRows:
     """A rank's rows in order, and the global padded boundaries.
 
     They are ``[sequences + 1]``, and one more where the total's padding is a sequence of its own.
+    ``padded`` is the number of sequences that share the rows evenly, in the padded layout.
     """
 
     pieces: list[Piece]
     boundaries: list[int]
+    padded: int | None = None
 
     @property
     def rows(self) -> int:
         """How many rows the rank gets."""
         return sum(piece.count for piece in self.pieces)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The rows' part of the batch's shape: ``[rows]`` or ``[sequences, length]``."""
+        return (self.rows,) if self.padded is None else (self.padded, self.rows // self.padded)
+
+    def placed(self) -> Iterator[tuple[slice, Piece]]:
+        """Yield each piece with the rank's rows that it is."""
+        stop = 0
+        for piece in self.pieces:
+            yield slice(stop, stop := stop + piece.count), piece
+
+
+def rank_rows(lengths: Sequence[int], spec: BatchSpec) -> RankRows:
+    """Return a rank's rows of a batch of sequences of these lengths."""
+    lay_out = padded_rows if spec.layout == "padded" else packed_rows
+    return lay_out(lengths, spec.rank)
 
 
 def packed_rows(lengths: Sequence[int], rank: RankSlice) -> RankRows:
@@ -83,7 +102,7 @@ def padded_rows(lengths: Sequence[int], rank: RankSlice) -> RankRows:
     ranges: list[Range] = []
     for sequence in pairwise(boundaries):
         ranges += _sequence_parallel(_context_parallel(sequence, rank), rank)
-    return RankRows(_pieces(ranges, lengths, boundaries), boundaries)
+    return RankRows(_pieces(ranges, lengths, boundaries), boundaries, len(lengths))
 
 
 def _up(count: int, multiple: int) -> int:

@@ -1,8 +1,10 @@
 """The decoder deployment: keys to tensors, next to the data; stateless."""
 
 import asyncio
+import functools
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -12,12 +14,16 @@ import numpy.typing as npt
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.assemble.destination import Allocate
+from serve_app.assemble.ranks import Piece
 from serve_app.config import DecoderArgs, StoreArgs
 from serve_app.deployments.context import connect_store
 from serve_app.deployments.store import ExpertStore
 from serve_app.errors import R3Error
-from serve_app.materialize import Allocate, materialize
+from serve_app.materialize import materialize
 from serve_app.store.base import RecordStore
+from serve_app.store.directory import this_node
+from serve_app.store.shard import default_budget
 from serve_app.types import BatchSpec, PackedExperts, RoutedSequence
 
 _KEPT_BYTES = 256 << 20
@@ -36,28 +42,56 @@ class ExpertDecoder:
         self._workspace = Workspace()
 
     async def materialize(
-        self, sequences: Sequence[RoutedSequence], spec: BatchSpec
+        self,
+        sequences: Sequence[RoutedSequence],
+        spec: BatchSpec,
+        pieces: Sequence[Piece] | None = None,
+        near: str = "",
     ) -> "PackedExperts | list[ray.ObjectRef[PackedExperts]]":
         """Do as `serve_app.materialize.materialize`; answer by reference where there is Ray.
 
         By value, 100 MB would be written and read again on the way (131 ms instead of 80).
+        ``near`` is for `serve_app.deployments.placement`: the node that holds the bytes.
         """
         if self._store is None:
             self._store = await connect_store(self._store_args, self._supervisor)
+        work = functools.partial(
+            materialize, self._store, sequences, spec, pieces=pieces, allocate=self._bounded
+        )
         if self._store_args.backend == "memory":
-            return await asyncio.to_thread(materialize, self._store, sequences, spec)
-        return [await asyncio.to_thread(self._put, self._store, sequences, spec)]
+            return await asyncio.to_thread(work)
+        return [await asyncio.to_thread(self._put, work)]
 
-    def _put(
-        self, store: RecordStore, sequences: Sequence[RoutedSequence], spec: BatchSpec
-    ) -> "ray.ObjectRef[PackedExperts]":
+    def _put(self, work: Callable[..., PackedExperts]) -> "ray.ObjectRef[PackedExperts]":
         try:
             with self._workspace.lend() as allocate:
-                return ray.put(materialize(store, sequences, spec, allocate=allocate))
+                return ray.put(work(allocate=functools.partial(self._bounded, make=allocate)))
         except R3Error as error:
             # Serve and Ray keep errors in cycles: with its frames this one would pin the records
             # that were fetched until the garbage collector comes by.
             raise error.with_traceback(None) from None
+
+    def _bounded(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], make: Allocate = np.empty
+    ) -> npt.NDArray[Any]:
+        """Make an array for an answer, ValueError if no such answer can be given."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._most_bytes:
+            raise ValueError(
+                f"expected an answer of up to {self._most_bytes} bytes, got {dtype}{list(shape)}"
+                f" of {nbytes}: ask for fewer sequences at once, or a rank's slice"
+            )
+        return make(shape, dtype)
+
+    @functools.cached_property
+    def _most_bytes(self) -> int:
+        if self._args.max_answer_bytes is not None:
+            return self._args.max_answer_bytes
+        return sys.maxsize if self._store_args.backend == "memory" else _node_store_bytes()
+
+
+def _node_store_bytes() -> int:
+    return 2 * default_budget(this_node())
 
 
 class Workspace:
