@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,7 +102,7 @@ class ServedGraph:
 
     async def astream(
         self, request: GenerateRequest, timeout_s: float
-    ) -> AsyncIterator[GenerateChunk]:
+    ) -> AsyncGenerator[GenerateChunk, None]:
         """Yield one rollout's chunks."""
         engine = await self.engine_async()
         chunks = engine.options(stream=True).stream.remote(request)

@@ -24,6 +24,15 @@ def application() -> str:
         return LOCAL_APP  # Serve's local testing mode has no replicas
 
 
+def is_local() -> bool:
+    """Tell Serve's local testing mode, where nothing runs in a replica."""
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return True
+    return False
+
+
 def replica_id() -> str:
     """Return this replica's name, unique in its deployment."""
     try:

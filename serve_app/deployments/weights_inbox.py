@@ -35,9 +35,7 @@ class PartialUpdates:
     async def join(self, spec: GroupSpec, replicas: Sequence[str], timeout_s: float) -> None:
         """Join a trainer's group, as this replica's place among all of them says."""
         async with self._turn:
-            await asyncio.to_thread(
-                self._inbox.join, spec, replicas.index(replica_id()), timeout_s
-            )
+            await asyncio.to_thread(self._inbox.join, spec, replicas.index(replica_id()), timeout_s)
 
     async def leave(self, name: str) -> None:
         """Leave a trainer's group."""

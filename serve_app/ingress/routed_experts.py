@@ -1,0 +1,223 @@
+"""Routes without Ray: fetch a key, materialize keys, release them. Keys travel in bodies only."""
+
+import math
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Header, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, Field
+
+from serve_app.errors import InvalidRequest, RecordError
+from serve_app.ingress.errors import Forbidden, documented, failure
+from serve_app.ingress.formats import (
+    NPY,
+    OF_BATCHES,
+    OF_RECORDS,
+    Encoded,
+    acceptable,
+    encode_batch,
+    encode_record,
+)
+from serve_app.ingress.replica import Edge
+from serve_app.materialize import materialize as materialize_keys
+from serve_app.reading import Reader
+from serve_app.records import Record, part_of
+from serve_app.store.base import RecordStore
+from serve_app.types import (
+    BatchSpec,
+    OnMissing,
+    OutputDtype,
+    PackedExperts,
+    RankSlice,
+    RoutedSequence,
+    Tail,
+)
+
+router = APIRouter(prefix="/routed_experts")
+
+Key = Annotated[str, Field(min_length=1, max_length=1024)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Position = Annotated[int, Field(ge=0, lt=2**31)]
+Parts = Annotated[int, Field(ge=1, le=2**16)]
+Part = Annotated[int, Field(ge=0, lt=2**16)]
+Accept = Annotated[str | None, Header()]
+_MAX_KEYS = 65_536
+ROWS_HEADER = "x-r3serve-rows"
+"""How many rows the key has in all, whatever part of them was asked for."""
+
+
+class FetchBody(BaseModel):
+    """A key, and which of its rows: ``rows`` of them from ``first`` on, or all."""
+
+    key: Key
+    first: Position = 0
+    rows: Count | None = None
+
+
+class SequenceBody(BaseModel):
+    """See `RoutedSequence`."""
+
+    key: Key
+    length: Count
+    first: Position = 0
+
+
+class RankBody(BaseModel):
+    """See `RankSlice`."""
+
+    seq_multiple: Parts = 1
+    total_multiple: Parts = 1
+    tail: Tail = "own_sequence"
+    cp_size: Parts = 1
+    cp_rank: Part = 0
+    cp: Literal["zigzag", "contiguous"] = "zigzag"
+    sp_size: Parts = 1
+    sp_rank: Part = 0
+    layers: Annotated[list[Part], Field(max_length=4096)] | None = None
+    dense_layers: Literal["keep", "drop"] = "keep"
+
+    def slice(self) -> RankSlice:
+        """Return what it says."""
+        given = self.model_dump(exclude={"layers"})
+        return RankSlice(**given, layers=None if self.layers is None else tuple(self.layers))
+
+
+class MaterializeBody(BaseModel):
+    """See `RoutedExpertsClient.materialize`."""
+
+    sequences: Annotated[list[SequenceBody], Field(min_length=1, max_length=_MAX_KEYS)]
+    layout: Literal["packed", "padded"] = "packed"
+    dtype: OutputDtype | None = None
+    rank: RankBody = RankBody()
+    on_missing: OnMissing = "raise"
+    pad: Literal["mask", "spread", "random"] = "mask"
+    pad_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def spec(self) -> BatchSpec:
+        """Return what the batch is to look like."""
+        return BatchSpec(
+            self.dtype, self.on_missing, self.layout, self.rank.slice(), self.pad, self.pad_seed
+        )
+
+
+class ReleaseBody(BaseModel):
+    """Keys, or all under a tag, which takes an admin key: a tag is no secret."""
+
+    keys: Annotated[list[Key], Field(max_length=_MAX_KEYS)] = []
+    tag: str | None = None
+
+
+class Released(BaseModel):
+    """How many were live."""
+
+    released: int
+
+
+def _binary(kinds: tuple[str, ...]) -> dict[int | str, dict[str, Any]]:
+    schema = {"schema": {"type": "string", "format": "binary"}}
+    return {200: {"description": "The routes.", "content": dict.fromkeys(kinds, schema)}}
+
+
+@router.post(
+    "/fetch",
+    response_class=StreamingResponse,
+    responses=_binary(OF_RECORDS) | documented(406),
+)
+async def fetch(body: FetchBody, edge: Edge, accept: Accept = None) -> Response:
+    """Return a key's rows: r3serve's own form with everything, ``.npy``, or safetensors."""
+    kind = acceptable(accept, OF_RECORDS)
+    if kind is None:
+        return failure(406, f"expected to accept one of {', '.join(OF_RECORDS)}")
+    most = edge.args.max_answer_bytes
+
+    def read(reader: Reader, _: RecordStore) -> tuple[Encoded, int]:
+        record = reader.get(body.key)
+        return encode_record(_part(record, body, most), kind), record.meta.stop
+
+    encoded, rows = await edge.reading(read)
+    return _streamed(encoded, {ROWS_HEADER: str(rows)})
+
+
+@router.post(
+    "/materialize",
+    response_class=StreamingResponse,
+    responses=_binary(OF_BATCHES) | documented(406),
+)
+async def materialize(body: MaterializeBody, edge: Edge, accept: Accept = None) -> Response:
+    """Return many keys as one batch: ids, validity, boundaries; ``.npy`` if every row is real."""
+    kind = acceptable(accept, OF_BATCHES)
+    if kind is None:
+        return failure(406, f"expected to accept one of {', '.join(OF_BATCHES)}")
+    most = edge.args.max_answer_bytes
+    total = sum(sequence.length for sequence in body.sequences)
+    if total > most:
+        raise InvalidRequest(f"expected at most {most} bytes, these sequences have {total} rows")
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        _check_size(math.prod(shape) * dtype.itemsize, most)
+        return np.empty(shape, dtype)
+
+    def read(_: Reader, store: RecordStore) -> PackedExperts:
+        sequences = [RoutedSequence(one.key, one.length, one.first) for one in body.sequences]
+        return materialize_keys(store, sequences, body.spec(), allocate=allocate)
+
+    try:
+        batch = await edge.reading(read)
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise InvalidRequest(str(error)) from None
+    if kind == NPY and not batch.valid.all():
+        return failure(406, "some rows are not valid, which .npy cannot say: accept safetensors")
+    return _streamed(encode_batch(batch, kind), {})
+
+
+@router.post("/release", response_model=Released, responses=documented())
+async def release(body: ReleaseBody, edge: Edge, request: Request) -> Released:
+    """End keys, or all under a tag; those that are gone already do no harm."""
+    if body.tag is not None and not request.state.admin:
+        raise Forbidden("releasing by tag needs an admin key: a tag is no secret")
+    if not body.keys and body.tag is None:
+        raise InvalidRequest("expected keys, or a tag")
+
+    def end(_: Reader, store: RecordStore) -> int:
+        return store.release(body.keys, tag=body.tag)
+
+    return Released(released=await edge.reading(end))
+
+
+def _part(record: Record, body: FetchBody, most: int) -> Record:
+    stop = record.meta.stop if body.rows is None else body.first + body.rows
+    if not record.start <= body.first < stop <= record.meta.stop:
+        raise InvalidRequest(
+            f"expected rows in [{record.start}, {record.meta.stop}), got [{body.first}, {stop})"
+        )
+    _check_size((stop - body.first) * record.meta.nbytes // record.meta.rows, most)
+    if (body.first, stop) == (record.start, record.meta.stop):
+        return record
+    if record.meta.raw:
+        rows = record.ids[body.first : stop]
+        return replace(record, ids=rows, meta=replace(record.meta, rows=len(rows)))
+    return part_of(record, body.first, stop)
+
+
+def _check_size(nbytes: int, most: int) -> None:
+    if nbytes > most:
+        raise InvalidRequest(
+            f"expected an answer of at most {most} bytes, this one has {nbytes}: ask for fewer"
+            " rows, sequences or layers at once"
+        )
+
+
+def _streamed(encoded: Encoded, headers: dict[str, str]) -> StreamingResponse:
+    headers = {**headers, "content-length": str(encoded.nbytes)}
+    return StreamingResponse(_awaited(encoded.pieces()), headers=headers, media_type=encoded.kind)
+
+
+async def _awaited(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece

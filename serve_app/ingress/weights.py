@@ -1,0 +1,128 @@
+"""New weights for every engine replica, in LMDeploy's words."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from serve_app.errors import InvalidRequest
+from serve_app.ingress.edge import Ingress
+from serve_app.ingress.errors import Forbidden, documented
+from serve_app.ingress.replica import Edge
+from serve_app.weights_parts import BroadcastPart, GroupSpec, PickledPart
+
+router = APIRouter()
+
+LoadFormat = Literal["flattened_bucket"]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Dimension = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class PickledWeights(BaseModel):
+    """A part of new weights, pickled and in base64; ``finished`` with the last."""
+
+    serialized_named_tensors: str | list[str] | None = None
+    load_format: LoadFormat | None = None
+    finished: bool = False
+
+
+class WeightsGroup(BaseModel):
+    """The process group that the trainer is about to open."""
+
+    master_address: Annotated[str, Field(min_length=1, max_length=255)]
+    master_port: Annotated[int, Field(ge=1, lt=2**16)]
+    rank_offset: Annotated[int, Field(ge=1, lt=2**20)]
+    world_size: Annotated[int, Field(ge=2, lt=2**20)]
+    group_name: Name
+    backend: Literal["nccl", "gloo"] = "nccl"
+
+
+class GroupName(BaseModel):
+    """A process group."""
+
+    group_name: Name
+
+
+class BroadcastWeights(GroupName):
+    """What the trainer broadcasts next; ``finished`` with the last."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[Dimension]]
+    load_format: LoadFormat | None = None
+    finished: bool = False
+
+
+class Outcome(BaseModel):
+    """Whether every replica did it."""
+
+    success: bool
+    message: str
+
+
+@router.post("/update_weights", response_model=None, responses=documented())
+async def update_weights(body: PickledWeights, edge: Edge) -> None:
+    """Take weights that are unpickled in every replica: only where ``allow_pickle`` is on."""
+    if not edge.args.allow_pickle:
+        raise Forbidden(
+            "unpickling runs the sender's code: allow_pickle is off in this server's configuration"
+        )
+    data = body.serialized_named_tensors
+    if isinstance(data, list):
+        if len(data) != 1:
+            raise InvalidRequest(
+                f"serialized_named_tensors: expected one part, got {len(data)}: each replica is"
+                " one process here, whatever its tensor parallelism"
+            )
+        data = data[0]
+    if data:
+        await edge.everywhere("add_weights", PickledPart(data, body.load_format))
+    if body.finished:
+        await _commit(edge)
+
+
+@router.post("/init_weights_update_group", response_model=Outcome, responses=documented())
+async def init_weights_update_group(body: WeightsGroup, edge: Edge) -> Outcome:
+    """Let every replica join the trainer's process group; answers when all ranks are there."""
+    names = sorted(name for name, _ in await edge.everywhere("weight_version"))
+    last = body.rank_offset + len(names)
+    if last > body.world_size:
+        raise InvalidRequest(
+            f"{len(names)} replicas from rank {body.rank_offset} on need a world_size of at least"
+            f" {last}, got {body.world_size}"
+        )
+    spec = GroupSpec(
+        body.master_address,
+        body.master_port,
+        body.rank_offset,
+        body.world_size,
+        body.group_name,
+        body.backend,
+    )
+    await edge.everywhere("join_weights_group", spec, names, edge.args.control_timeout_s)
+    return Outcome(success=True, message=f"{len(names)} replicas joined {body.group_name!r}")
+
+
+@router.post("/update_weights_from_distributed", response_model=Outcome, responses=documented())
+async def update_weights_from_distributed(body: BroadcastWeights, edge: Edge) -> Outcome:
+    """Let every replica take what the trainer broadcasts."""
+    part = BroadcastPart(body.group_name, body.names, body.dtypes, body.shapes, body.load_format)
+    if body.names:
+        await edge.everywhere("add_weights", part)
+    if not body.finished:
+        return Outcome(success=True, message=f"{len(body.names)} tensors received")
+    return Outcome(success=True, message=f"weights of version {await _commit(edge)} are served")
+
+
+@router.post("/destroy_weights_update_group", response_model=Outcome, responses=documented())
+async def destroy_weights_update_group(body: GroupName, edge: Edge) -> Outcome:
+    """Let every replica leave the process group."""
+    await edge.everywhere("leave_weights_group", body.group_name)
+    return Outcome(success=True, message=f"left {body.group_name!r}")
+
+
+async def _commit(edge: Ingress) -> int:
+    versions = await edge.everywhere("weight_version")
+    version = max(version for _, version in versions) + 1
+    await edge.everywhere("commit_weights", version, min(name for name, _ in versions))
+    return version
