@@ -173,11 +173,12 @@ class Batch:
         recording = [
             rollout.experts for rollout in entering.rollouts if rollout.experts is not None
         ]
-        rows = self._runner.process(prompt, PIECE, record=bool(recording))
+        captured = self._runner.process(prompt, PIECE, record=bool(recording))
+        tokens = prompt.done - before
         for experts in recording:
-            assert rows is not None
-            experts.append(rows)
-        return prompt.done - before
+            assert captured is not None
+            experts.append(captured, slice(None), tokens)
+        return tokens
 
     def _place(self, entering: Entering) -> bool:
         """Give rollouts of a processed prompt a first token and a row; return whether all got it.
@@ -199,7 +200,7 @@ class Batch:
 
     def _decode(self) -> None:
         record = any(rollout.experts is not None for rollout in self._running)
-        logits, experts = self._runner.decode(
+        logits, captured = self._runner.decode(
             [rollout.output[-1] for rollout in self._running], record=record
         )
         tokens, logprobs = sample(logits, [rollout.sampler for rollout in self._running])
@@ -207,8 +208,8 @@ class Batch:
         for row in reversed(range(len(self._running))):
             rollout = self._running[row]
             if rollout.experts is not None:
-                assert experts is not None
-                rollout.experts.append(experts[row : row + 1])
+                assert captured is not None
+                rollout.experts.append(captured, slice(row, row + 1), 1)
             if self._take(rollout, tokens[row], logprobs[row]):
                 self._leave(row)
 

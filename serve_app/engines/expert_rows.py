@@ -4,13 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from serve_app.engines.recording import Captured, convert
 from serve_app.records import Ids, narrowest_dtype
+
+PENDING = 64  # rows converted at once
 
 
 class ExpertRows:
     """``[rows, layers, top_k]`` in the stored dtype; columns of dense layers stay 0.
 
-    Takes no memory before the first row comes; then room for ``capacity`` rows, later doubled.
+    Passes collect until they make `PENDING` rows or the rows are wanted, and are converted
+    together; a pass that several rollouts share is converted once. Takes no memory before that,
+    then room for ``capacity`` rows, later doubled.
     """
 
     def __init__(
@@ -18,30 +23,39 @@ class ExpertRows:
     ) -> None:
         self.num_experts = num_experts
         self.moe_layers = tuple(moe_layers)
+        self.rows = 0
         self._columns = slice(None) if len(moe_layers) == layers else list(moe_layers)
         self._capacity = capacity
         self._ids: Ids = np.zeros((0, layers, top_k), dtype=narrowest_dtype(num_experts))
-        self._rows = 0
+        self._filled = 0
+        self._pending: list[tuple[Captured, slice]] = []
 
-    @property
-    def rows(self) -> int:
-        """Rows so far."""
-        return self._rows
-
-    def append(self, ids: Ids) -> None:
-        """Add rows ``[rows, moe_layers, top_k]``."""
-        end = self._rows + len(ids)
-        if end > len(self._ids):
-            self._grow(max(end, self._capacity, 2 * len(self._ids)))
-        self._ids[self._rows : end, self._columns] = ids
-        self._rows = end
+    def append(self, captured: Captured, tokens: slice, rows: int) -> None:
+        """Add the ``rows`` tokens of a pass that are in the slice ``tokens``."""
+        self._pending.append((captured, tokens))
+        self.rows += rows
+        if self.rows - self._filled >= PENDING:
+            self._fill()
 
     def first(self, rows: int) -> Ids:
         """Return the first ``rows`` rows, not copied."""
-        assert rows <= self._rows, (rows, self._rows)
+        assert rows <= self.rows, (rows, self.rows)
+        self._fill()
         return self._ids[:rows]
+
+    def _fill(self) -> None:
+        if not self._pending:
+            return
+        if new := [captured for captured, _ in self._pending if not captured.is_converted]:
+            convert(new)
+        if self.rows > len(self._ids):
+            self._grow(max(self.rows, self._capacity, 2 * len(self._ids)))
+        parts = [captured.ids()[tokens] for captured, tokens in self._pending]
+        self._ids[self._filled : self.rows, self._columns] = np.concatenate(parts)
+        self._filled = self.rows
+        self._pending.clear()
 
     def _grow(self, rows: int) -> None:
         grown = np.zeros((rows, *self._ids.shape[1:]), dtype=self._ids.dtype)
-        grown[: self._rows] = self._ids[: self._rows]
+        grown[: self._filled] = self._ids[: self._filled]
         self._ids = grown

@@ -8,10 +8,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from serve_app.engines.masks import DecodeMask, Mask
-from serve_app.engines.recording import ExpertRecorder
+from serve_app.engines.recording import Captured, ExpertRecorder
 from serve_app.engines.slots import SlotCache
 from serve_app.engines.weights import ParkedWeights, load_weights
-from serve_app.records import Ids
 
 
 @dataclass(slots=True)
@@ -45,14 +44,16 @@ class ModelRunner:
     def rehearse(self) -> None:
         """Run a prompt in two pieces and a step, so that a model that cannot fails at load."""
         prompt = Prompt([0, 0])
-        self.process(prompt, 1, record=True)
-        self.process(prompt, 1, record=True)
+        passes = [self.process(prompt, 1, record=True) for _ in range(2)]
         self.join(prompt)
-        self.decode([0], record=True)
+        passes.append(self.decode([0], record=True)[1])
         self.leave(0)
+        for captured in passes:
+            if captured is not None:
+                captured.ids()
 
     @torch.inference_mode()
-    def process(self, prompt: Prompt, tokens: int, *, record: bool) -> Ids | None:
+    def process(self, prompt: Prompt, tokens: int, *, record: bool) -> Captured | None:
         """Process up to ``tokens`` more of a prompt, alone; return their experts if wanted."""
         if prompt.cache is None:
             # Told the layers only where they differ: it would cut windows, which slots need whole.
@@ -78,7 +79,9 @@ class ModelRunner:
         self._slots.leave(row)
 
     @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], *, record: bool) -> tuple[torch.Tensor, Ids | None]:
+    def decode(
+        self, tokens: Sequence[int], *, record: bool
+    ) -> tuple[torch.Tensor, Captured | None]:
         """Process one token a row; return logits ``[rows, vocab]`` and the rows' experts."""
         device = self._model.device
         positions = self._slots.begin_step(device)[:, None]
@@ -128,7 +131,7 @@ class ModelRunner:
         record: bool,
         cache: DynamicCache | SlotCache,
         **inputs: Mask,
-    ) -> tuple[torch.Tensor, Ids | None]:
+    ) -> tuple[torch.Tensor, Captured | None]:
         def run() -> torch.Tensor:
             output = self._model(
                 input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs
@@ -140,4 +143,4 @@ class ModelRunner:
             return run(), None
         with self._recorder.capture() as captured:
             logits = run()
-        return logits, captured.ids()
+        return logits, captured
