@@ -25,7 +25,7 @@ from serve_app.ingress.formats import (
 from serve_app.ingress.replica import Edge
 from serve_app.materialize import materialize as materialize_keys
 from serve_app.reading import Reader
-from serve_app.records import Record, part_of
+from serve_app.records import Record, RecordMeta, part_of
 from serve_app.store.base import RecordStore
 from serve_app.types import (
     BatchSpec,
@@ -46,16 +46,21 @@ Parts = Annotated[int, Field(ge=1, le=2**16)]
 Part = Annotated[int, Field(ge=0, lt=2**16)]
 Accept = Annotated[str | None, Header()]
 _MAX_KEYS = 65_536
-ROWS_HEADER = "x-r3serve-rows"
-"""How many rows the key has in all, whatever part of them was asked for."""
+# Which positions the key's rows have, whatever part of them was asked for, and how many rows
+# one answer may carry.
+START, STOP, MOST_ROWS = "x-r3serve-start", "x-r3serve-stop", "x-r3serve-most-rows"
 
 
 class FetchBody(BaseModel):
-    """A key, and which of its rows: ``rows`` of them from ``first`` on, or all."""
+    """A key, and which of its rows: ``rows`` of them from position ``first`` on, or all.
+
+    ``head`` asks for no rows, only for the headers that say which there are.
+    """
 
     key: Key
-    first: Position = 0
+    first: Position | None = None
     rows: Count | None = None
+    head: bool = False
 
 
 class SequenceBody(BaseModel):
@@ -134,12 +139,16 @@ async def fetch(body: FetchBody, edge: Edge, accept: Accept = None) -> Response:
         return failure(406, f"expected to accept one of {', '.join(OF_RECORDS)}")
     most = edge.args.max_answer_bytes
 
-    def read(reader: Reader, _: RecordStore) -> tuple[Encoded, int]:
+    def read(reader: Reader, _: RecordStore) -> tuple[Encoded, RecordMeta]:
         record = reader.get(body.key)
-        return encode_record(_part(record, body, most), kind), record.meta.stop
+        if body.head:
+            return Encoded(kind, ()), record.meta
+        return encode_record(_part(record, body, most), kind), record.meta
 
-    encoded, rows = await edge.reading(read)
-    return _streamed(encoded, {ROWS_HEADER: str(rows)})
+    encoded, meta = await edge.reading(read)
+    most_rows = most * meta.rows // meta.nbytes
+    headers = {START: str(meta.start), STOP: str(meta.stop), MOST_ROWS: str(most_rows)}
+    return _streamed(encoded, headers)
 
 
 @router.post(
@@ -191,18 +200,17 @@ async def release(body: ReleaseBody, edge: Edge, request: Request) -> Released:
 
 
 def _part(record: Record, body: FetchBody, most: int) -> Record:
-    stop = record.meta.stop if body.rows is None else body.first + body.rows
-    if not record.start <= body.first < stop <= record.meta.stop:
-        raise InvalidRequest(
-            f"expected rows in [{record.start}, {record.meta.stop}), got [{body.first}, {stop})"
-        )
-    _check_size((stop - body.first) * record.meta.nbytes // record.meta.rows, most)
-    if (body.first, stop) == (record.start, record.meta.stop):
+    meta = record.meta
+    first = meta.start if body.first is None else body.first
+    stop = meta.stop if body.rows is None else first + body.rows
+    if not meta.start <= first < stop <= meta.stop:
+        raise InvalidRequest(f"expected rows in [{meta.start}, {meta.stop}), got [{first}, {stop})")
+    _check_size((stop - first) * (meta.nbytes // meta.rows), most)
+    if stop - first == meta.rows:
         return record
-    if record.meta.raw:
-        rows = record.ids[body.first : stop]
-        return replace(record, ids=rows, meta=replace(record.meta, rows=len(rows)))
-    return part_of(record, body.first, stop)
+    if meta.raw:
+        return Record(replace(meta, rows=stop - first), record.ids[first:stop])
+    return part_of(record, first, stop)
 
 
 def _check_size(nbytes: int, most: int) -> None:
