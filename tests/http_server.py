@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 from ray import serve
 
@@ -38,6 +39,13 @@ class LocalGraph:
         """Return another ingress replica in front of the same engine."""
         args = RolloutArgs.model_validate({**self._args, "ingress": ingress})
         return Ingress(args.ingress, args.engine, self.handles.engine, self.handles.decoder)
+
+
+@contextmanager
+def client_of(edge: Ingress, **options: Any) -> Iterator[httpx.Client]:
+    """Serve an edge and give a client of it."""
+    with listening(edge) as at, httpx.Client(base_url=at, timeout=30, **options) as client:
+        yield client
 
 
 @contextmanager
