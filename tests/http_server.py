@@ -55,6 +55,7 @@ def listening(edge: Ingress) -> Iterator[str]:
     server = uvicorn.Server(config)
     with socket.socket() as at:
         at.bind(("127.0.0.1", 0))
+        at.listen()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [at]}, daemon=True)
         thread.start()
         try:

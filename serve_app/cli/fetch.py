@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from serve_app.cli.attaching import sorry
 from serve_app.errors import R3Error
@@ -37,4 +36,4 @@ def fetch(
     except (R3Error, OSError) as error:
         raise sorry(f"{type(error).__name__}: {error}") from None
     size = output.stat().st_size
-    Console().print(f"{output}: {count} rows, {size:,} bytes", highlight=False, markup=False)
+    typer.echo(f"{output}: {count} rows, {size:,} bytes")

@@ -23,7 +23,7 @@ class Load:
 
     def __init__(self, args: IngressArgs) -> None:
         self._args = args
-        self._sampling = 0
+        self.sampling = 0
         self._of_key: Counter[str] = Counter()
         self._buckets: dict[str, _Bucket] = {}
 
@@ -34,18 +34,18 @@ class Load:
         most, rate = self._args.max_per_key, self._args.requests_per_s_per_key
         if most is not None and self._of_key[caller] >= most:
             return Busy(429, f"at most {most} requests of one key at once")
-        if self._sampling >= self._args.sampling_limit:
-            return Busy(503, f"this replica samples {self._sampling} requests already")
+        if self.sampling >= self._args.sampling_limit:
+            return Busy(503, f"this replica samples {self.sampling} requests already")
         if rate is not None and not self._buckets.setdefault(caller, _Bucket(rate)).take():
             return Busy(429, f"at most {rate:g} requests of one key a second")
-        self._sampling += 1
+        self.sampling += 1
         self._of_key[caller] += 1
         return None
 
     def leave(self, path: str, caller: str) -> None:
         """Let a request go that was taken in."""
         if path in SAMPLING:
-            self._sampling -= 1
+            self.sampling -= 1
             self._of_key[caller] -= 1
 
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
 
-from serve_app.errors import InvalidRequest, RecordError
+from serve_app.errors import InvalidRequest, R3Error
 from serve_app.ingress.errors import Forbidden, documented, failure
 from serve_app.ingress.formats import (
     NPY,
@@ -176,9 +176,9 @@ async def materialize(body: MaterializeBody, edge: Edge, accept: Accept = None) 
 
     try:
         batch = await edge.reading(read)
+    except R3Error:
+        raise
     except (ValueError, OverflowError) as error:
-        if isinstance(error, RecordError):
-            raise
         raise InvalidRequest(str(error)) from None
     if kind == NPY and not batch.valid.all():
         return failure(406, "some rows are not valid, which .npy cannot say: accept safetensors")

@@ -20,6 +20,12 @@ def graph(tiny_checkpoint: Path) -> LocalGraph:
 
 
 @pytest.fixture(scope="session")
+def lists(tiny_checkpoint: Path) -> LocalGraph:
+    """An engine that records and answers with nested lists."""
+    return LocalGraph(tiny_checkpoint, enable_return_routed_experts=True)
+
+
+@pytest.fixture(scope="session")
 def url(graph: LocalGraph) -> Iterator[str]:
     """Where an edge without keys or limits listens."""
     with listening(graph.edge(model_name=MODEL, access_log=False)) as at:

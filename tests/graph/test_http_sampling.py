@@ -125,7 +125,7 @@ def test_tools_and_template_options_reach_the_template(tmp_path: Path, graph: Lo
     assert prompts.decode(ids) == "[look_up]assistant42think"
 
 
-def test_a_chat_streams_role_text_and_usage(http: httpx.Client) -> None:
+def test_a_chat_streams_role_text_and_usage(http: httpx.Client, graph: LocalGraph) -> None:
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "hi"}],
@@ -147,7 +147,7 @@ def test_a_chat_streams_role_text_and_usage(http: httpx.Client) -> None:
         assert [token for part in mine for token in part["output_ids"]] == choice["output_ids"]
         assert "finish_reason" not in mine[0] or len(mine) == 1
         assert mine[-1]["finish_reason"] == choice["finish_reason"]
-        assert isinstance(mine[-1]["routed_experts"], str)
+        assert graph.client.release([mine[-1]["routed_experts"], choice["routed_experts"]]) == 2
 
 
 def test_completions_take_one_prompt_or_many(http: httpx.Client) -> None:
@@ -183,9 +183,8 @@ def test_stop_strings_and_special_tokens(http: httpx.Client) -> None:
     assert streamed == "<s><s><s>"
 
 
-def test_without_keys_routes_are_nested_lists(tiny_checkpoint: Path) -> None:
-    graph = LocalGraph(tiny_checkpoint, enable_return_routed_experts=True)
-    with client_of(graph.edge(model_name=MODEL, access_log=False)) as http:
+def test_without_keys_routes_are_nested_lists(lists: LocalGraph) -> None:
+    with client_of(lists.edge(model_name=MODEL, access_log=False)) as http:
         body = {"input_ids": IDS, "max_tokens": 90, "ignore_eos": True, "seed": 7}
         meta = post(http, "/generate", **body, return_routed_experts=True)["meta_info"]
         rows = meta["routed_experts"]
