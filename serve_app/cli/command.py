@@ -4,6 +4,7 @@ import typer
 
 from serve_app.cli.doctor import doctor
 from serve_app.cli.fetch import fetch
+from serve_app.cli.plot import plot
 from serve_app.cli.store import store
 from serve_app.cli.validate import validate
 
@@ -11,6 +12,7 @@ main = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for r
 main.add_typer(store, name="store")
 main.command()(doctor)
 main.command()(fetch)
+main.command()(plot)
 main.command()(validate)
 
 

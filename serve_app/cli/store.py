@@ -1,6 +1,7 @@
-"""``r3serve store``: look at an application's store, or remove it."""
+"""``r3serve store``: an application's store: look at it, save it, bring it back, remove it."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import ray
 import typer
@@ -8,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app.cli.attaching import Address, attach, sorry
+from serve_app.cli.progress import progress_bar
 from serve_app.errors import R3Error
+from serve_app.store import archive
 from serve_app.store.client import connect
 from serve_app.store.directory import list_actors
 from serve_app.types import ShardStats, StoreStats
@@ -37,6 +40,32 @@ def destroy(app: str, address: Address = "auto") -> None:
     for actor in actors:
         ray.kill(actor)
     Console().print(f"removed {len(actors)} actors of {app}")
+
+
+@store.command()
+def snapshot(app: str, path: Path, tag: str | None = None, address: Address = "auto") -> None:
+    """Save APP's live records, or a tag's, into the new directory PATH."""
+    attach(address)
+    try:
+        with progress_bar("saved") as progress:
+            report = archive.save(connect(app), path, tag, progress)
+    except R3Error as error:
+        raise sorry(str(error)) from None
+    Console().print(f"saved {report.records:,} records, {report.nbytes:,} bytes, in {path}")
+
+
+@store.command()
+def restore(app: str, path: Path, address: Address = "auto") -> None:
+    """Bring a snapshot's records back into APP, on this node, under their old keys."""
+    attach(address)
+    try:
+        with progress_bar("restored") as progress:
+            report = archive.restore(connect(app), path, progress)
+    except R3Error as error:
+        raise sorry(str(error)) from None
+    Console().print(f"restored {report.records:,} records, {report.nbytes:,} bytes")
+    if report.refused:
+        raise sorry("\n".join(report.refused))
 
 
 def _table(app: str, stats: StoreStats) -> Table:

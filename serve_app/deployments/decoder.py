@@ -4,6 +4,7 @@ import asyncio
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
@@ -18,6 +19,7 @@ from serve_app.assemble.destination import Allocate
 from serve_app.assemble.ranks import Piece
 from serve_app.config import DecoderArgs, StoreArgs
 from serve_app.deployments.context import connect_store
+from serve_app.deployments.metrics import DecoderMetrics
 from serve_app.deployments.store import ExpertStore
 from serve_app.errors import R3Error
 from serve_app.materialize import materialize
@@ -40,6 +42,7 @@ class ExpertDecoder:
         self._supervisor = store
         self._store: RecordStore | None = None
         self._workspace = Workspace()
+        self._metrics = DecoderMetrics()
 
     async def materialize(
         self,
@@ -56,11 +59,23 @@ class ExpertDecoder:
         if self._store is None:
             self._store = await connect_store(self._store_args, self._supervisor)
         work = functools.partial(
-            materialize, self._store, sequences, spec, pieces=pieces, allocate=self._bounded
+            self._materialize, self._store, sequences, spec, pieces=pieces, allocate=self._bounded
         )
         if self._store_args.backend == "memory":
             return await asyncio.to_thread(work)
         return [await asyncio.to_thread(self._put, work)]
+
+    def _materialize(
+        self, store: RecordStore, sequences: Sequence[RoutedSequence], spec: BatchSpec, **how: Any
+    ) -> PackedExperts:
+        begun = time.monotonic()
+        try:
+            packed = materialize(store, sequences, spec, **how)
+        except R3Error as error:
+            self._metrics.refused(error)
+            raise
+        self._metrics.answered(packed, len(sequences), time.monotonic() - begun)
+        return packed
 
     def _put(self, work: Callable[..., PackedExperts]) -> "ray.ObjectRef[PackedExperts]":
         try:

@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.answer import Answer, Routes
 from serve_app.deployments.context import application, connect_store, replica_id
+from serve_app.deployments.metrics import EngineMetrics
 from serve_app.deployments.routes import Earlier, RouteKeys
 from serve_app.deployments.sleeping import SleepingParts
 from serve_app.deployments.store import ExpertStore
@@ -52,6 +53,7 @@ class InferenceEngine:
         self._unread = Unread()
         self._parts = SleepingParts()
         self._updates = PartialUpdates()
+        self._metrics = EngineMetrics()
         self._starting = asyncio.Lock()
         self._started = False
 
@@ -65,6 +67,7 @@ class InferenceEngine:
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
         """Sample one rollout; the last chunk carries the whole result."""
+        begun = time.monotonic()
         await self._prepare(request)
         answer, result = Answer(request), None
         async with (
@@ -76,12 +79,14 @@ class InferenceEngine:
                 answer.add(chunk)
                 if chunk.finish_reason is not None:
                     result = answer.result(await self._hand_out(answer, await earlier))
+                    self._metrics.finished(result, time.monotonic() - begun)
                 yield GenerateChunk(
                     request.request_id, chunk.token_ids, chunk.logprobs, chunk.text, result
                 )
 
     async def generate_group(self, request: GenerateRequest, n: int) -> list[GenerateResult]:
         """Sample ``n`` rollouts of one prompt; it is processed and its rows are stored once."""
+        begun = time.monotonic()
         await self._prepare(request)
         found: dict[int, Answer] = {}
         async with (
@@ -93,7 +98,10 @@ class InferenceEngine:
                 found.setdefault(index, Answer(request.member(index))).add(chunk)
             answers = [found[index] for index in range(n)]
             routes = await self._hand_out_group(request, answers, await earlier)
-        return [answer.result(one) for answer, one in zip(answers, routes, strict=True)]
+        results = [answer.result(one) for answer, one in zip(answers, routes, strict=True)]
+        for result in results:
+            self._metrics.finished(result, time.monotonic() - begun)
+        return results
 
     async def abort(self, request_id: str | None = None) -> int:
         """Abort one request, or all; return how many were under way here."""
@@ -198,7 +206,9 @@ class InferenceEngine:
     ) -> WeightsResult:
         begun = begun or time.monotonic()
         await self._engine.update_weights(state, version, mode)
-        return WeightsResult(replica_id(), version, time.monotonic() - begun)
+        result = WeightsResult(replica_id(), version, time.monotonic() - begun)
+        self._metrics.took_weights(result)
+        return result
 
     async def _prepare(self, request: GenerateRequest) -> None:
         """Check a request as far as this process can tell, before anything is sampled."""

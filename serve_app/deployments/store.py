@@ -8,6 +8,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from serve_app.config import StoreArgs
+from serve_app.deployments.metrics import StoreMetrics
 from serve_app.errors import StoreUnavailable
 from serve_app.store.base import RecordStore
 from serve_app.store.client import connect
@@ -28,12 +29,13 @@ class ExpertStore:
 
     def __init__(self, args: StoreArgs) -> None:
         self._args = args
+        self._metrics = StoreMetrics()
         self._store: RecordStore
         if args.backend == "memory":
             _refuse_replica()
             self._store = shared("local", args)
             return
-        app = serve.get_replica_context().app_name
+        self._app = app = serve.get_replica_context().app_name
         self._directory = open_directory(app, args, args.call_timeout_s)
         shards = [find_shard(app, name) for name in list_shards(app)]
         ray.get([s.configure.remote(args) for s in shards if s], timeout=args.call_timeout_s)
@@ -61,6 +63,7 @@ class ExpertStore:
             )
         except (RayError, TimeoutError) as error:
             raise StoreUnavailable(f"the store's directory does not answer: {error}") from None
+        self._metrics.supervises(len(await asyncio.to_thread(list_shards, self._app)))
 
 
 def _refuse_replica() -> None:

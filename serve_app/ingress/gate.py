@@ -19,6 +19,7 @@ from serve_app.ingress.access_log import AccessLog, Entry
 from serve_app.ingress.auth import KeyRing, Refusal
 from serve_app.ingress.errors import failure
 from serve_app.ingress.limits import Load
+from serve_app.ingress.metrics import IngressMetrics
 
 if TYPE_CHECKING:
     from fastapi.responses import Response
@@ -37,6 +38,7 @@ class Doorkeeper:
         self.keys = KeyRing(args)
         self.load = Load(args)
         self.log = AccessLog(args.access_log, paths)
+        self.metrics = IngressMetrics(paths)
         self.buffered = 0
 
     def body_limit(self, path: str) -> int:
@@ -76,6 +78,7 @@ class Gate:
             await self._pass(keeper, entry, headers, scope, receive, answer)
         finally:
             keeper.log.write(entry)
+            keeper.metrics.answered(entry)
 
     async def _pass(
         self,

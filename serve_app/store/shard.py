@@ -17,7 +17,14 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from serve_app.config import StoreArgs
-from serve_app.errors import KeyUnreadable, RoutesLost, StoreError, StoreUnavailable
+from serve_app.errors import (
+    KeyUnreadable,
+    RoutesLost,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
+from serve_app.event_log import log_event
 from serve_app.records import RecordMeta
 from serve_app.store import outbox
 from serve_app.store.answers import Collected, ReadAnswer
@@ -52,6 +59,7 @@ class Shard:
         self._grants: dict[int, tuple[int, float]] = {}
         self._grant_numbers = itertools.count()
         self._metrics = ShardMetrics(app, shard)
+        log_event("shard_started", app=app, shard=shard, epoch=f"{self._epochs.own:016x}")
         self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
 
     async def identity(self) -> ShardIdentity:
@@ -194,7 +202,11 @@ class Shard:
         return self._holdings.stats(self._epochs.shard, reserved)
 
     async def _reserve(self, nbytes: int) -> None:
-        await self._holdings.reserve(nbytes, self._args.put_timeout_s)
+        try:
+            await self._holdings.reserve(nbytes, self._args.put_timeout_s)
+        except StoreFull as why:
+            log_event("store_full", app=self._epochs.app, shard=self._epochs.shard, why=str(why))
+            raise
 
     def _keep(self, offer: Offer, payload: Payload) -> str | StoreError:
         try:
@@ -236,13 +248,17 @@ class Shard:
                 empty_since = now
             if now - empty_since > self._args.leave_after_s:
                 if not await is_served(self._epochs.app) and not self._holdings.budget.used:
+                    log_event("shard_leaves", app=self._epochs.app, shard=self._epochs.shard)
                     ray.actor.exit_actor()  # type: ignore[no-untyped-call]
                 empty_since = now
 
     async def _sweep(self, now: float) -> None:
-        for swept, _ in enumerate(self._holdings.ledger.expire(now)):
+        swept = 0
+        for swept, _ in enumerate(self._holdings.ledger.expire(now), 1):
             if swept % DROP_AT_ONCE == 0:
                 await asyncio.sleep(0)
+        if swept:
+            log_event("expired", app=self._epochs.app, shard=self._epochs.shard, keys=swept)
         for _ in iter(self._holdings.collect, False):
             await asyncio.sleep(0)
         for grant in [grant for grant, (_, end) in self._grants.items() if end < now]:

@@ -127,6 +127,15 @@ def snapshot_files(path: Path) -> list[Path]:
     return files
 
 
+def saved_app(file: Path) -> str:
+    """Return the application whose records a file holds."""
+    try:
+        with safe_open(file, framework="numpy") as saved:
+            return str((saved.metadata() or {})["app"])
+    except (SafetensorError, OSError, KeyError) as error:
+        raise SnapshotError(f"{file.name}: {error}") from None
+
+
 def read_page(file: Path, app: str) -> SavedPage:
     """Read and verify a file; raise `SnapshotError` naming it if anything is not as written."""
     try:

@@ -1,5 +1,8 @@
 """The demo overlay, really deployed: one raylet a pod group, token auth, a trainer from outside."""
 
+import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import pytest
 import requests
 
 from tests.k8s.check import K8S
+from tests.k8s.dashboard import dashboard_names
 from tests.k8s.kustomize import build
 from tests.k8s.ray_process import Deployed, deployed
 
@@ -73,3 +77,24 @@ def test_a_trainer_in_another_process_drives_what_the_manifest_serves(cluster: D
 def test_without_the_token_nobody_gets_in(cluster: Deployed) -> None:
     url = f"{cluster.dashboard}/api/serve/applications/"
     assert requests.get(url, timeout=10).status_code == 401
+
+
+def test_metrics_are_exported_under_their_documented_names(cluster: Deployed) -> None:
+    cluster.run_script(TRAINER)
+    busy = {
+        "r3serve_store_puts_total",
+        "r3serve_store_live_keys",
+        "r3serve_engine_rollouts_total",
+        "r3serve_engine_rollout_seconds",
+        "r3serve_decoder_answers_total",
+        "r3serve_http_requests_total",
+        "r3serve_store_shards",
+    }
+    expected = {f"ray_{name}" for name in busy} | dashboard_names(of_ray=True)
+    deadline, tick, missing = time.monotonic() + 60, threading.Event(), expected
+    while missing and time.monotonic() < deadline:
+        tick.wait(1)  # Ray's agents report every few seconds
+        text = "".join(requests.get(url, timeout=10).text for url in cluster.metrics)
+        exported = set(re.findall(r"^# TYPE (\S+)", text, re.M))
+        missing = expected - exported
+    assert not missing, sorted(exported)

@@ -1,0 +1,103 @@
+"""Metrics and events: declared, documented and on the dashboard alike; no whole key in a log."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from serve_app.deployments.metrics import DECODER, ENGINE, STORE, DecoderMetrics, EngineMetrics
+from serve_app.errors import RoutesLost
+from serve_app.ingress.metrics import INGRESS
+from serve_app.instruments import Declared
+from serve_app.store.metrics import COUNTERS, GAUGES, LATENCY, metric_name
+from serve_app.types import GenerateResult, MissingRows, PackedExperts
+from tests.k8s.dashboard import dashboard_names, queries
+
+DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+OURS: Declared = {**ENGINE, **DECODER, **STORE, **INGRESS}
+SHARDS = {metric_name(field) for field in (*GAUGES, *COUNTERS)} | {LATENCY}
+
+
+def documented() -> dict[str, tuple[str, set[str]]]:
+    """Name, kind and labels of each row of the documentation's tables of metrics."""
+    rows = re.findall(r"^\| `(r3serve_\w+)` \| (\w+) \| ([^|]*)\|", DOCS, re.M)
+    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+
+
+def test_the_documentation_names_every_metric_with_its_labels_and_no_other() -> None:
+    found = documented()
+    assert set(found) == set(OURS) | SHARDS
+    for name, instrument in OURS.items():
+        kind = "histogram" if instrument.kind == "seconds" else instrument.kind
+        assert found[name] == (kind, set(instrument.labels)), name
+
+
+def test_the_dashboard_shows_our_metrics_and_names_none_that_is_not_there() -> None:
+    exported = {f"ray_{name}" for name in (*OURS, *SHARDS)}
+    shown = dashboard_names(of_ray=False)
+    assert shown - exported == set()
+    assert exported - shown == {"ray_r3serve_http_bytes_in_total"}
+
+
+def test_queries_group_by_labels_that_the_metric_has() -> None:
+    of_serve = {"application", "deployment", "replica", "le"}
+    of_shards = {"app", "shard", "call", "le"}
+    for query in queries():
+        for name in re.findall(r"ray_(r3serve_\w+?)(?:_bucket)?[{\[ ]", query):
+            labels = of_shards if name in SHARDS else of_serve | set(OURS[name].labels)
+            used = set(re.findall(r"(\w+)=~", query))
+            for group in re.findall(r"by \(([^)]*)\)", query):
+                used |= set(re.findall(r"\w+", group))
+            assert used <= labels, query
+
+
+def captured() -> tuple[logging.Handler, list[logging.LogRecord]]:
+    records: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    return Keep(), records
+
+
+def test_events_carry_short_keys_and_errors_become_labels() -> None:
+    handler, records = captured()
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    key = "AQdyb2xsb3V0" * 6
+    try:
+        result = GenerateResult("request-1", [1, 2], [0.0, 0.0], "", "stop", 3, 7, key, 4)
+        EngineMetrics().finished(result, 0.5)
+        packed = PackedExperts(
+            ids=np.zeros((4, 1, 2), np.uint8),
+            valid=np.zeros(4, np.bool_),
+            cu_seqlens=np.array([0, 4], np.int32),
+            layers=(0,),
+            columns=(0,),
+            num_experts=8,
+            missing=(MissingRows(0, 0, 3, "RoutesLost"), MissingRows(0, 3, 1, "RoutesLost")),
+        )
+        DecoderMetrics().answered(packed, sequences=1, seconds=0.1)
+        DecoderMetrics().refused(RoutesLost("gone"))
+    finally:
+        logger.removeHandler(handler)
+    told = [record.__dict__["r3serve"] for record in records]
+    assert [one["event"] for one in told] == ["rollout", "materialized", "refused"]
+    assert told[0]["key"] == "AQdy…b3V0"
+    assert told[0]["rollout"] == "request-1"
+    assert told[1]["masked_rows"] == 4
+    assert told[2]["error"] == "RoutesLost"
+    assert not any(key in record.getMessage() for record in records)
+
+
+def test_outside_of_a_replica_events_are_json_lines_on_stderr() -> None:
+    code = "from serve_app.event_log import log_event; log_event('expired', shard='ab', keys=3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    line = json.loads(done.stderr)
+    assert (line["event"], line["shard"], line["keys"]) == ("expired", "ab", 3)
