@@ -52,6 +52,8 @@ class Backend:
         if config.enable_transfer_obj_ref:
             # Its instances put into shared_store only if the executor was named so; they may.
             self.engine.engine_config.distributed_executor_backend = "ray"
+        if config.distributed_executor_backend == "uni":
+            _float32_logits(self.engine.executor.model_agent)
         self._sequences = keep_rows(self.engine)
         self._control = self.engine.create_instance()
         self._instances = [self.engine.create_instance() for _ in range(config.max_batch_size)]
@@ -176,6 +178,15 @@ class Backend:
         """Whether the main loop waits for work, which nothing public tells."""
         loop = self.engine._engine_loop
         return loop is None or bool(loop.has_runable_event.event._waiters)
+
+
+def _float32_logits(agent: Any) -> None:
+    """Let logprobs and sampling be computed from float32.
+
+    LMDeploy takes the softmax in the model's dtype: in bfloat16 a logprob of -4 is off by 0.03.
+    """
+    narrow = agent.get_logits
+    agent.get_logits = lambda hidden: narrow(hidden).float()
 
 
 def _logprobs(token_ids: Sequence[int], found: Sequence[dict[int, float]] | None) -> list[float]:

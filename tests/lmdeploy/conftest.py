@@ -1,0 +1,86 @@
+"""The real LMDeploy engine on a CPU. It patches torch in this process, so these tests run last."""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+os.environ["LMDEPLOY_SKIP_WARMUP"] = "1"
+
+from examples.tiny_moe import write_checkpoint
+from serve_app.config import EngineArgs
+from serve_app.engines.base import Engine
+from serve_app.engines.loading import load_engine
+from tests.unit.engine_contract import MakeEngine
+from tests.unit.test_transformers_engine import PlainModel
+
+HERE = str(Path(__file__).parent)
+SMALL = {"eager_mode": True, "num_gpu_blocks": 400, "block_size": 16, "max_prefill_token_num": 512}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ours = [item for item in items if str(item.path).startswith(HERE)]
+    for item in ours:
+        item.add_marker(pytest.mark.lmdeploy)
+        for theirs in ("torch", "lmdeploy", "xgrammar", "mmengine"):
+            item.add_marker(pytest.mark.filterwarnings(f"ignore:::{theirs}"))
+    items[:] = [item for item in items if item not in ours] + ours
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small products gain nothing from two threads, and wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sparse")
+    return write_checkpoint(path, hidden=64, layers=3, experts=16, top_k=4)
+
+
+@pytest.fixture(scope="session")
+def plain(sparse: Path) -> PlainModel:
+    """The reference; made before torch is patched, since later it would compute other things."""
+    return PlainModel(sparse, torch.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu(plain: PlainModel) -> None:
+    from tests.lmdeploy.cpu_backend import install
+
+    install()
+
+
+def load(path: Path, **overrides: Any) -> Engine:
+    """Return an engine on the running loop; ``engine_kwargs`` are added to the small ones."""
+    defaults: dict[str, Any] = {
+        "backend": "lmdeploy",
+        "model": str(path),
+        "dtype": "float16",  # float32 on this CPU
+        "max_batch_size": 8,
+        "enable_return_routed_experts": True,
+    }
+    kwargs = {**SMALL, **overrides.pop("engine_kwargs", {})}
+    return load_engine(EngineArgs(**{**defaults, **overrides}, engine_kwargs=kwargs))
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def make_engine(sparse: Path) -> AsyncIterator[MakeEngine]:
+    made: list[Engine] = []
+
+    def make(path: Path = sparse, **overrides: Any) -> Engine:
+        made.append(load(path, **overrides))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        await engine.stop()
