@@ -18,10 +18,10 @@ from serve_app.deployments.sleeping import SleepingParts
 from serve_app.deployments.store import ExpertStore
 from serve_app.deployments.unread import Unread
 from serve_app.deployments.weights_inbox import PartialUpdates
-from serve_app.engines.base import Engine, ModelInfo
+from serve_app.engines.base import Engine, ModelInfo, Proving
 from serve_app.engines.loading import load_engine
 from serve_app.errors import InvalidRequest, R3Error
-from serve_app.records import part_of
+from serve_app.records import Record, part_of
 from serve_app.store.base import RecordStore
 from serve_app.types import (
     FinishReason,
@@ -178,7 +178,9 @@ class InferenceEngine:
         return self._engine.info
 
     async def check_health(self) -> None:
-        """Let Serve replace this replica when its engine is dead."""
+        """Let Serve replace this replica when its engine is dead, or take none that fails."""
+        if isinstance(self._engine, Proving):
+            await self._engine.ready()
         self._engine.check_health()
 
     async def _start(self) -> None:
@@ -278,9 +280,12 @@ class InferenceEngine:
             for answer in answers
             if answer.last and answer.last.record and answer.last.record.meta.rows >= rows
         ]
-        if len(whole) < 2 or not self._args.enable_transfer_obj_ref:
+        common = 0
+        if len(whole) >= 2 and self._args.enable_transfer_obj_ref:
+            common = await asyncio.to_thread(_rows_in_common, whole, rows)
+        if not common:
             return await self._hand_out_each(answers, earlier, earlier, rows)
-        prompt = await asyncio.to_thread(part_of, whole[0], 0, rows, request.input_ids)
+        prompt = await asyncio.to_thread(part_of, whole[0], 0, common, request.input_ids)
         try:
             async with self._keys.shared_rows(
                 request, prompt, request.input_ids, earlier
@@ -310,6 +315,20 @@ class InferenceEngine:
 
 async def _newest() -> Newest | None:
     return await newest_weights(application()) if ray.is_initialized() else None
+
+
+def _rows_in_common(records: Sequence[Record], rows: int) -> int:
+    """Return how many of the first ``rows`` rows are the same in all records.
+
+    Fewer than all where an engine processed the prompt more than once: batches of other sizes
+    round otherwise, and a router may decide otherwise.
+    """
+    first = records[0].ids[:rows]
+    for record in records[1:]:
+        different = (record.ids[: len(first)] != first).any(axis=(1, 2))
+        if different.any():
+            first = first[: int(different.argmax())]
+    return len(first)
 
 
 def _no_key(error: R3Error) -> Routes:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from serve_app.records import Record
 from serve_app.types import FinishReason, GenerateRequest, SleepLevel, UpdateMode
@@ -45,6 +45,15 @@ class EngineChunk:
     record: Record | None = None
     weight_version: int = 0
     error: str | None = None
+
+
+@runtime_checkable
+class Proving(Protocol):
+    """An engine that proves itself with a request of its own before it serves others'."""
+
+    async def ready(self) -> None:
+        """Wait until it serves; raise `EngineUnavailable` and say why it never will."""
+        ...
 
 
 class Engine(Protocol):

@@ -44,14 +44,12 @@ class LmdeployOptions(BaseModel):
     engine has answered, off its loop. ``lmdeploy``: LMDeploy itself, into the ``shared_store``
     actor (``store.compat_actors: [lmdeploy]``), blocking its loop; the key is taken over.
     An engine that has work and makes no progress for ``step_timeout_s`` is unhealthy.
-    ``allow_pickle`` accepts LMDeploy's serialized tensors, which are unpickled.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     transfer: Literal["ours", "lmdeploy"] = "ours"
     step_timeout_s: PositiveFloat = 300.0
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
