@@ -40,7 +40,11 @@ class _Args(BaseModel):
 
 
 class ServeOptions(_Args):
-    """How Serve runs one deployment: replicas, autoscaling on ongoing requests, resources."""
+    """How Serve runs one deployment: replicas, autoscaling on ongoing requests, resources.
+
+    ``placement_group_bundles`` reserves resources for each replica (in the first bundle, which
+    holds its ``num_cpus``) and for the workers that its engine starts, all on one node.
+    """
 
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 1
@@ -52,7 +56,24 @@ class ServeOptions(_Args):
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300
     num_cpus: Annotated[float, Field(ge=0)] = 0.25
     num_gpus: Annotated[float, Field(ge=0)] = 0
+    placement_group_bundles: tuple[dict[str, Annotated[float, Field(gt=0)]], ...] = ()
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20
+
+    @model_validator(mode="after")
+    def _fits_first_bundle(self) -> Self:
+        first = self.placement_group_bundles[:1]
+        if first and (self.num_gpus or first[0].get("CPU", 0) < self.num_cpus):
+            raise ValueError(
+                f"the first of placement_group_bundles is the replica's own: expected num_gpus 0"
+                f" and at least CPU {self.num_cpus:g} in it, got num_gpus {self.num_gpus:g} and"
+                f" {first[0]}"
+            )
+        return self
+
+    @property
+    def gpus_per_replica(self) -> float:
+        """GPUs that a replica and its workers take."""
+        return self.num_gpus + sum(each.get("GPU", 0) for each in self.placement_group_bundles)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -72,6 +93,10 @@ class ServeOptions(_Args):
         }
         if self.max_replicas_per_node is not None:
             options["max_replicas_per_node"] = self.max_replicas_per_node
+        if self.placement_group_bundles:
+            bundles = [dict(each) for each in self.placement_group_bundles]
+            options["placement_group_bundles"] = bundles
+            options["placement_group_strategy"] = "STRICT_PACK"
         if self.min_replicas == self.max_replicas:
             return {"num_replicas": self.max_replicas, **options}
         scaling = {

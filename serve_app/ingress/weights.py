@@ -12,6 +12,7 @@ from serve_app.ingress.replica import Edge
 from serve_app.weights_parts import BroadcastPart, GroupSpec, PickledPart
 
 router = APIRouter()
+_JOIN_SHARE = 0.5
 
 LoadFormat = Literal["flattened_bucket"]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -99,7 +100,9 @@ async def init_weights_update_group(body: WeightsGroup, edge: Edge) -> Outcome:
         body.group_name,
         body.backend,
     )
-    await edge.everywhere("join_weights_group", spec, names, edge.args.control_timeout_s)
+    # Less than the call may take, so that a trainer that does not come is told by its name.
+    timeout_s = _JOIN_SHARE * edge.args.control_timeout_s
+    await edge.everywhere("join_weights_group", spec, names, timeout_s)
     return Outcome(success=True, message=f"{len(names)} replicas joined {body.group_name!r}")
 
 
