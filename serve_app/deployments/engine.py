@@ -14,6 +14,7 @@ from serve_app.deployments.answer import Answer, Routes
 from serve_app.deployments.context import application, connect_store, replica_id
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.deployments.routes import Earlier, RouteKeys
+from serve_app.deployments.shared_store import puts_itself, wait_for_shared_store
 from serve_app.deployments.sleeping import SleepingParts
 from serve_app.deployments.store import ExpertStore
 from serve_app.deployments.unread import Unread
@@ -48,8 +49,10 @@ class InferenceEngine:
         self._args = args
         self._store_args = store_args
         self._supervisor = store
-        self._engine: Engine = load_engine(args)
         self._keys = RouteKeys(self._connect)
+        if puts_itself(args):
+            wait_for_shared_store(application(), store_args)
+        self._engine: Engine = load_engine(args, self._keys.take)
         self._unread = Unread()
         self._parts = SleepingParts()
         self._updates = PartialUpdates()
