@@ -9,6 +9,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     # A reference that is sent where nobody counts it is a leak; make it an error.
     RAY_allow_out_of_band_object_ref_serialization="0",
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="serve_app.ingress.proxy.middlewares",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,11 @@ class InferenceEngine:
     """One engine replica. Every key it answers with reads on after this process is gone."""
 
     def __init__(
-        self, args: EngineArgs, store_args: StoreArgs, store: DeploymentHandle[ExpertStore]
+        self,
+        args: EngineArgs,
+        store_args: StoreArgs,
+        store: DeploymentHandle[ExpertStore],
+        load: Callable[..., Engine] = load_engine,
     ) -> None:
         self._args = args
         self._store_args = store_args
@@ -52,7 +56,7 @@ class InferenceEngine:
         self._keys = RouteKeys(self._connect)
         if puts_itself(args):
             wait_for_shared_store(application(), store_args)
-        self._engine: Engine = load_engine(args, self._keys.take)
+        self._engine = load(args, self._keys.take)
         self._unread = Unread()
         self._parts = SleepingParts()
         self._updates = PartialUpdates()
