@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from serve_app.continuing import covered
 from serve_app.engines.base import ModelInfo
 from serve_app.errors import PrefixMismatch, RecordError
-from serve_app.records import Record, RecordMeta, hash_tokens, new_part_of
+from serve_app.records import Ids, Record, RecordMeta, hash_tokens, new_part_of
 from serve_app.store.base import RecordStore
 from serve_app.store.keys import shorten
 from serve_app.types import GenerateRequest
+
+_AT_ONCE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class RouteKeys:
         and `RecordError` where it is of another model.
         """
         store = await self._found()
-        (chain,) = await asyncio.to_thread(store.describe, [key])
+        chain = await store.adescribe(key)
         if not isinstance(chain, list):
             raise type(chain)(f"continue_from {shorten(key)}: {chain}")
         for meta in chain:
@@ -63,6 +65,18 @@ class RouteKeys:
         except asyncio.CancelledError:
             put.add_done_callback(self._release_unread)
             raise
+
+    async def take(self, key: str) -> Ids:
+        """Return the rows that an engine put by itself, and end their key.
+
+        They stay readable as long as the array is held.
+        """
+        store = await self._found()
+        (found,) = await asyncio.to_thread(store.fetch, [key])
+        if not isinstance(found, list):
+            raise type(found)(f"put by the engine itself: {found}")
+        await asyncio.to_thread(store.release, [key])
+        return found[-1].ids
 
     async def release(self, keys: Sequence[str]) -> None:
         """End keys that nobody will read."""
@@ -96,12 +110,19 @@ class RouteKeys:
             if not store.is_local(earlier.key):
                 near = await self._copied(earlier.key, request.lease_s)
             parent = near[-1] if near else earlier.key
-            record = await asyncio.to_thread(new_part_of, record, earlier.rows, tokens)
+            record = await self._new_part(record, earlier.rows, tokens)
         try:
             return await store.aput(record, tag=request.tag, lease_s=request.lease_s, parent=parent)
         finally:
             if near:
                 await asyncio.to_thread(store.release, near)
+
+    async def _new_part(self, record: Record, covered: int, tokens: Sequence[int]) -> Record:
+        """Cut off what is covered; here if that is little work, since a thread takes longer."""
+        new = max(record.meta.stop - covered, 1)
+        if new * record.meta.nbytes <= _AT_ONCE_BYTES * record.meta.rows:
+            return new_part_of(record, covered, tokens)
+        return await asyncio.to_thread(new_part_of, record, covered, tokens)
 
     async def _copied(self, key: str, lease_s: float | None) -> list[str]:
         """Copy a chain to this node, each part with its own version; return the copies' keys."""

@@ -1,7 +1,6 @@
 """What every expert store does; one contract suite runs on all of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.errors import KeyUnreadable, StoreUnavailable
@@ -12,17 +11,6 @@ Segments = list[Record]
 """A key's whole sequence: its ancestors' records and its own, oldest first."""
 
 Unreadable = KeyUnreadable | StoreUnavailable
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A record on its way into a shard; small ones bring their bytes along."""
-
-    meta: RecordMeta
-    tag: str | None
-    lease_s: float | None
-    parent: str | None
-    data: bytes | None = None
 
 
 class RecordStore(Protocol):
@@ -59,6 +47,10 @@ class RecordStore(Protocol):
 
     def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
         """Return the headers of each key's segments; fetches no bytes and renews nothing."""
+        ...
+
+    async def adescribe(self, key: str) -> list[RecordMeta] | Unreadable:
+        """Do as `describe` for one key, without blocking the running event loop."""
         ...
 
     def is_local(self, key: str) -> bool:

@@ -13,16 +13,17 @@ from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
 from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store import outbox
 from serve_app.store.answers import Found, ReadAnswer
-from serve_app.store.base import Offer, Segments, Unreadable
+from serve_app.store.base import Segments, Unreadable
 from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, line, translate
 from serve_app.store.directory import Settings, find_directory, list_shards, open_shard, this_node
 from serve_app.store.keys import parse
+from serve_app.store.offers import Offer, offer_of, pack
 from serve_app.store.producer import Producer
 from serve_app.store.routing import KeyRouter
 from serve_app.store.snapshot import Entry, Page
 from serve_app.types import ShardStats, StoreStats
 
-SMALL_BYTES = 64 << 10
+_SOON_S = 1.0  # a shard on this node that takes longer is in trouble
 
 
 class ShardStore:
@@ -60,10 +61,10 @@ class ShardStore:
         parent: str | None = None,
     ) -> str:
         """See `RecordStore`."""
-        offer = _offer(record, tag, lease_s, parent)
+        offer = offer_of(record, tag, lease_s, parent)
         shard = self._shard_here()
         if offer.data is not None:
-            return _one(self._answer(shard.take_small.remote([offer]), waits=True))
+            return _one(self._answer(shard.take_small.remote(pack([offer])), waits=True))
         grant = self._answer(shard.reserve.remote(record.meta.nbytes), waits=True)
         return str(self._answer(shard.take.remote(grant, offer, record.ids)))
 
@@ -83,7 +84,7 @@ class ShardStore:
         if self._batches is None:
             budget = (self.args.byte_budget or 1 << 62) // 8
             self._batches = Producer(self._send, budget)
-        return await self._batches.put(_offer(record, tag, lease_s, parent), record)
+        return await self._batches.put(offer_of(record, tag, lease_s, parent), record)
 
     def fetch(self, keys: Sequence[str]) -> list[Segments | Unreadable]:
         """See `RecordStore`."""
@@ -147,6 +148,19 @@ class ShardStore:
         answers.update(unreadable)
         return [answers[text] for text in keys]
 
+    async def adescribe(self, key: str) -> list[RecordMeta] | Unreadable:
+        """See `RecordStore`. This node's shard is asked from the loop, others from a thread."""
+        if self._own_shard is not None and self._is_mine(key):
+            try:
+                answers: list[Any] = await asyncio.wait_for(
+                    self._own_shard.describe.remote([key]), _SOON_S
+                )
+                if isinstance(answers[0], list):
+                    return answers[0]
+            except (RayError, TimeoutError):
+                pass  # `describe` knows what that means
+        return (await asyncio.to_thread(self.describe, [key]))[0]
+
     def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Ids]]]:
         """Yield everything that the shards hold, or what a tag needs, some records at a time."""
         for name in list_shards(self.app):
@@ -176,6 +190,12 @@ class ShardStore:
         """See `RecordStore`: on this process's node."""
         return parse(key, self.app).shard == this_node()
 
+    def _is_mine(self, key: str) -> bool:
+        try:
+            return self.is_local(key)
+        except KeyUnreadable:
+            return False
+
     def _shard_here(self) -> Actor:
         if self._own_shard is None:
             self._own_shard = open_shard(self.app, self._settings)
@@ -193,13 +213,13 @@ class ShardStore:
         shard = await self._shard_here_async()
         answers: dict[int, str | StoreError] = {}
         if small:
-            kept = await self._answer_async(shard.take_small.remote(small))
+            kept = await self._answer_async(shard.take_small.remote(pack(small)))
             answers.update(zip(map(id, small), kept, strict=True))
         if big:
             number = outbox.leave([record.ids for _, record in big])
             offers = [offer for offer, _ in big]
             try:
-                kept = await self._answer_async(shard.pull.remote(self._me, number, offers))
+                kept = await self._answer_async(shard.pull.remote(self._me, number, pack(offers)))
             finally:
                 outbox.withdraw(number)
             answers.update(zip(map(id, offers), kept, strict=True))
@@ -262,11 +282,6 @@ class ShardStore:
             elif not isinstance(reply, GONE):
                 raise StoreUnavailable(f"shard {shard} does not answer: {line(reply)}")
         return changed, keyed
-
-
-def _offer(record: Record, tag: str | None, lease_s: float | None, parent: str | None) -> Offer:
-    small = record.meta.nbytes <= SMALL_BYTES
-    return Offer(record.meta, tag, lease_s, parent, record.ids.tobytes() if small else None)
 
 
 def _one(answers: list[str | StoreError]) -> str:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve_app.errors import KeyUnreadable, StoreError
-from serve_app.store.base import Offer
 from serve_app.store.budget import Budget
 from serve_app.store.ledger import Ledger
+from serve_app.store.offers import Offer
 from serve_app.types import ShardStats
 
 if TYPE_CHECKING:

@@ -90,6 +90,10 @@ class MemoryStore:
                     answers.append(why)
         return answers
 
+    async def adescribe(self, key: str) -> list[RecordMeta] | Unreadable:
+        """See `RecordStore`."""
+        return self.describe([key])[0]
+
     def is_local(self, key: str) -> bool:
         """See `RecordStore`: everything is here."""
         verify(key, self._app, b"memory")

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from serve_app.errors import StoreError
 from serve_app.records import Record
-from serve_app.store.base import Offer
+from serve_app.store.offers import Offer
 
 _IN_FLIGHT = 2
 _BATCH_RECORDS = 32

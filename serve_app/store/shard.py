@@ -28,11 +28,11 @@ from serve_app.event_log import log_event
 from serve_app.records import RecordMeta
 from serve_app.store import outbox
 from serve_app.store.answers import Collected, ReadAnswer
-from serve_app.store.base import Offer
 from serve_app.store.epochs import Epochs
 from serve_app.store.holdings import DROP_AT_ONCE, Blob, Holdings, Payload, Piece
 from serve_app.store.keys import verify
 from serve_app.store.metrics import ShardMetrics
+from serve_app.store.offers import Offer, unpack
 from serve_app.store.presence import is_served
 from serve_app.store.snapshot import PAGE_RECORDS, Entry, Page
 from serve_app.types import ShardStats
@@ -71,22 +71,25 @@ class Shard:
         self._args = args
         self._holdings.budget.total = args.byte_budget or default_budget(self._epochs.shard)
 
-    async def take_small(self, offers: Sequence[Offer]) -> list[str | StoreError]:
-        """Keep records that brought their bytes along."""
+    async def take_small(self, packed: bytes) -> list[str | StoreError]:
+        """Keep records that brought their bytes along; ``packed`` are pickled offers."""
         begun = time.monotonic()
+        offers = unpack(packed)
         await self._reserve(sum(offer.meta.nbytes for offer in offers))
         kept = [self._keep(offer, offer.data) for offer in offers if offer.data is not None]
         self._metrics.took("put", time.monotonic() - begun)
         return kept
 
     async def pull(
-        self, producer: ActorHandle[Any], number: int, offers: Sequence[Offer]
+        self, producer: ActorHandle[Any], number: int, packed: bytes
     ) -> list[str | StoreError]:
         """Fetch batch ``number`` from the producer's outbox and keep its records.
 
-        Reserves first, so a full store pins nothing. The reference is this actor's own.
+        Reserves first, so a full store pins nothing. The reference is this actor's own;
+        ``packed`` are pickled offers.
         """
         begun = time.monotonic()
+        offers = unpack(packed)
         total = sum(offer.meta.nbytes for offer in offers)
         await self._reserve(total)
         blob_ref: ray.ObjectRef[outbox.Batch]
