@@ -41,6 +41,7 @@ def cluster() -> Iterator[Cluster]:
             "resources": {"trainer": 100},
             "object_store_memory": 300 << 20,
             "include_dashboard": False,
+            "_system_config": {"metrics_report_interval_ms": 1000},  # of 10,000: tests wait for it
         },
     )
     for name in ("engines", "elsewhere"):
