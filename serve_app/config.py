@@ -240,6 +240,19 @@ class IngressArgs(_Args):
         return self
 
 
+class ProxyArgs(_Args):
+    """What `serve_app.ingress.proxy` lets Serve's own HTTP proxy bear with, on every node.
+
+    ``stall_s`` is how long a client may read nothing before its request is aborted. A field is
+    set by an environment variable, ``R3SERVE_PROXY_STALL_S`` for one: the proxy belongs to the
+    cluster, not to an application.
+    """
+
+    max_body_bytes: Annotated[int, Field(ge=1)] = 256 << 20
+    max_headers: Annotated[int, Field(ge=1)] = 128
+    stall_s: Annotated[float, Field(gt=0)] = 60.0
+
+
 class RolloutArgs(_Args):
     """What `graphs.rollout:build` takes."""
 
@@ -260,6 +273,13 @@ def read_args(config: Path) -> dict[str, Any]:
     """Return the builder's arguments of the first application in a Serve config file."""
     args: dict[str, Any] = yaml.safe_load(config.read_text())["applications"][0]["args"]
     return args
+
+
+def proxy_args() -> ProxyArgs:
+    """Return the proxy's limits as this process's environment sets them."""
+    variables = {f"R3SERVE_PROXY_{name.upper()}": name for name in ProxyArgs.model_fields}
+    given = {name: os.environ[key] for key, name in variables.items() if key in os.environ}
+    return ProxyArgs.model_validate(given)
 
 
 def ray_environment() -> dict[str, str]:
