@@ -8,6 +8,7 @@ from ray.serve import Application
 from serve_app.config import RolloutArgs, read_args
 from serve_app.deployments.decoder import ExpertDecoder
 from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.gpus import check_gpus
 from serve_app.deployments.placement import near_bytes
 from serve_app.deployments.store import ExpertStore
 from serve_app.ingress.app import http
@@ -17,6 +18,7 @@ from serve_app.served import DECODER, ENGINE, INGRESS, STORE
 
 def build(args: RolloutArgs) -> Application:
     """Compose the application that `serve run graphs/rollout.yaml` serves."""
+    check_gpus(args.engine)
     store = serve.deployment(name=STORE, **args.store.serve.deployment())(ExpertStore)
     engine = serve.deployment(name=ENGINE, **args.engine.serve.deployment())(InferenceEngine)
     decoder = serve.deployment(

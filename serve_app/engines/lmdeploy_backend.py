@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from lmdeploy import GenerationConfig, PytorchEngineConfig
 from lmdeploy.messages import ResponseType
+from lmdeploy.pytorch import envs
 from lmdeploy.pytorch.engine import Engine
 from lmdeploy.utils import get_logger
 
@@ -44,6 +45,12 @@ class Backend:
     """One engine on one event loop, and as many instances as requests that run at once."""
 
     def __init__(self, model: str, config: PytorchEngineConfig) -> None:
+        self._workers = config.distributed_executor_backend == "ray"
+        if self._workers:
+            from serve_app.engines.lmdeploy_workers import borrow_ray
+
+            borrow_ray()
+        envs.enable_check_env = False  # it starts a process for what the probe request proves
         get_logger("lmdeploy").setLevel(logging.WARNING)  # INFO is a line a request and step
         try:
             self.engine = Engine(model, config)
@@ -52,7 +59,7 @@ class Backend:
         if config.enable_transfer_obj_ref:
             # Its instances put into shared_store only if the executor was named so; they may.
             self.engine.engine_config.distributed_executor_backend = "ray"
-        if config.distributed_executor_backend == "uni":
+        if not self._workers:
             _float32_logits(self.engine.executor.model_agent)
         self._sequences = keep_rows(self.engine)
         self._control = self.engine.create_instance()
@@ -136,6 +143,12 @@ class Backend:
 
     def load(self, buckets: Iterable[list[tuple[str, Any]]]) -> None:
         """Load weights in the checkpoint's names; nothing may run. Blocks."""
+        if self._workers:
+            from serve_app.engines.lmdeploy_workers import update_requests
+
+            for request in update_requests(iter(buckets)):
+                self.engine.update_params(request)
+            return
         agent = self.engine.executor.model_agent
         with torch.inference_mode(), agent.all_context():
             for bucket in buckets:

@@ -76,11 +76,14 @@ def check_installed() -> None:
         )
 
 
-def check_machine() -> None:
-    """Raise ValueError where there is no GPU; LMDeploy itself would end the process."""
+def check_machine(config: "PytorchEngineConfig") -> None:
+    """Raise ValueError where there is no GPU; LMDeploy itself would end the process.
+
+    The workers of a Ray executor have GPUs, this process needs none.
+    """
     import torch
 
-    if not torch.cuda.device_count():
+    if config.distributed_executor_backend == "uni" and not torch.cuda.device_count():
         raise ValueError(
             "backend 'lmdeploy' needs a CUDA GPU and this process sees none: give its replicas"
             " engine.serve.num_gpus 1 on a node that has one, or use backend 'transformers'"

@@ -3,13 +3,19 @@
 For most families, and with some settings, LMDeploy answers None, or columns that nobody wrote.
 """
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app.engines.base import ModelInfo
+from serve_app.engines.lmdeploy_sampling import generation_config
 from serve_app.errors import EngineUnavailable
+from serve_app.types import GenerateRequest
+
+if TYPE_CHECKING:
+    from serve_app.engines.lmdeploy_backend import Backend
 
 PROMPT_TOKENS = 3
 NEW_TOKENS = 2
@@ -17,10 +23,26 @@ NOTHING = (0xFFFF, 0)
 """What LMDeploy leaves in the columns of a layer without experts: all of the one or the other."""
 
 
-def probe_prompt(info: ModelInfo, eos_ids: frozenset[int]) -> list[int]:
-    """Return a few tokens that end nothing."""
-    plain = [token for token in range(min(info.vocab_size, 64)) if token not in eos_ids]
-    return (plain * PROMPT_TOKENS)[-PROMPT_TOKENS:]
+async def probe(
+    backend: "Backend",
+    info: ModelInfo,
+    routes: bool,
+    take_array: Callable[[Any], Awaitable[Any]],
+) -> None:
+    """Sample a few tokens, and check their routes; raise `EngineUnavailable` where they fail."""
+    prompt = [index % info.vocab_size for index in range(PROMPT_TOKENS)]
+    request = GenerateRequest(input_ids=prompt, temperature=0)
+    config = generation_config(
+        request, stop_ids=(), max_new_tokens=NEW_TOKENS, routes=routes, padding=backend.padding
+    )
+    session = backend.open_session()
+    outputs = [out async for out in backend.run(session, prompt, config)]
+    backend.recomputed(session)
+    last = outputs[-1]
+    if sum(len(out.token_ids) for out in outputs) != NEW_TOKENS:
+        raise EngineUnavailable(f"LMDeploy ended the probe request with {last.status.name}")
+    if routes:
+        check_routes(await take_array(last.rows), PROMPT_TOKENS + NEW_TOKENS - 1, info)
 
 
 def check_routes(rows: npt.NDArray[Any] | list[Any] | None, count: int, info: ModelInfo) -> None:
