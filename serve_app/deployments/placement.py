@@ -52,7 +52,7 @@ class NearBytesRouter(RequestRouter):
         """Return a call that no routing task works on, or else one that is still without a replica.
 
         The base class drops a call when the task that took it ends because there are more tasks
-        than calls (Ray 2.58 to 2.60): it would wait for ever.
+        than calls (seen in Ray 2.58.1): it would wait for ever.
         """
         untaken: PendingRequest | None = super()._get_next_pending_request_to_route()
         waiting = (one for one in self._pending_requests_to_fulfill if not one.future.done())
