@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from typing import Any, ParamSpec, TypeVar
 
 import numpy.typing as npt
@@ -93,7 +94,7 @@ class CompatStore:
             read: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
             self._wanted.append((key, read))
             if len(self._readers) < _READERS:
-                reader = asyncio.create_task(self._serve_wanted())
+                reader = asyncio.create_task(self._serve_wanted(), context=Context())
                 self._readers.add(reader)
                 reader.add_done_callback(self._readers.discard)
             return await read

@@ -2,11 +2,16 @@
 
 While one batch is on its way, new records collect; up to `_IN_FLIGHT` batches overlap so that
 the shard pulls one while it acknowledges the other.
+
+A batch belongs to none of the calls whose records it carries: Ray cancels what a cancelled call
+has called in its turn, and so may Serve do to a call just answered. So batches are sent in an
+empty context, in which Ray sees no call.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 
 from serve_app.errors import StoreError
 from serve_app.records import Record
@@ -34,7 +39,7 @@ class Producer:
         done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting.append((offer, record, done))
         if len(self._senders) < _IN_FLIGHT:
-            sender = asyncio.create_task(self._run())
+            sender = asyncio.create_task(self._run(), context=Context())
             self._senders.add(sender)
             sender.add_done_callback(self._senders.discard)
         return await done

@@ -35,6 +35,11 @@ class EngineLike:
         records = [record(LARGE, seed=seed) for seed in seeds]
         return list(await asyncio.gather(*(store.aput(put) for put in records)))
 
+    async def put_in_turn(self, app: str, seeds: list[int]) -> list[str]:
+        if not hasattr(self, "_store"):
+            self._store = connect(app, ray.get_runtime_context().current_actor)
+        return [await self._store.aput(record(LARGE, seed=seed)) for seed in seeds]
+
     def node(self) -> str:
         return this_node()
 
@@ -65,6 +70,38 @@ def test_records_put_together_come_back_as_one_object(make_store: MakeStore) -> 
     assert shard is not None
     answer: Any = ray.get(shard.read.remote(keys))
     assert len(answer.refs) < len(keys) / 2
+
+
+def test_a_cancelled_call_takes_no_others_records_with_it(make_store: MakeStore) -> None:
+    """Ray cancels what a call has called; a batch carries the records of many calls."""
+    size = record(LARGE).meta.nbytes
+    store = make_store(byte_budget=3 * size)
+    fillers = [store.put(record(LARGE)) for _ in range(3)]
+    engine = start(EngineLike, "trainer")
+
+    def queued(puts: int) -> None:
+        deadline = time.monotonic() + 60
+        while store.stats().shards[0].waiting_puts != puts:
+            assert time.monotonic() < deadline
+
+    first = engine.put_in_turn.remote("contract", [1, 2])  # its first put waits for room
+    queued(1)
+    second = engine.put_in_turn.remote("contract", [3])
+    queued(2)
+    third = engine.put_in_turn.remote("contract", [4])  # waits for a batch to join
+    ray.get(engine.node.remote())
+    store.release(fillers[:1])
+    deadline = time.monotonic() + 60
+    while store.stats().shards[0].puts != 4:  # then the third's batch follows the first's
+        assert time.monotonic() < deadline
+    queued(2)
+    ray.cancel(first)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(first, timeout=60)
+    store.release(fillers)
+    for seed, ref in ((3, second), (4, third)):
+        (key,) = ray.get(ref, timeout=60)
+        np.testing.assert_array_equal(read(store, key)[0].ids, record(LARGE, seed=seed).ids)
 
 
 def test_a_key_put_on_another_node_reads_here(make_store: MakeStore) -> None:
