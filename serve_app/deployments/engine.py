@@ -61,6 +61,7 @@ class InferenceEngine:
         self._parts = SleepingParts()
         self._updates = PartialUpdates()
         self._metrics = EngineMetrics()
+        self._ongoing = 0
         self._starting = asyncio.Lock()
         self._started = False
 
@@ -180,6 +181,10 @@ class InferenceEngine:
         await self._start()
         return replica_id(), self._engine.weight_version
 
+    async def ongoing(self) -> int:
+        """Return how many requests and groups are under way here."""
+        return self._ongoing
+
     async def info(self) -> ModelInfo:
         """Describe the served model."""
         return self._engine.info
@@ -240,9 +245,11 @@ class InferenceEngine:
         Nothing is answered before the task is done: it raises what is wrong with the key.
         """
         task = asyncio.create_task(self._earlier(request))
+        self._ongoing += 1
         try:
             yield task
         finally:
+            self._ongoing -= 1
             task.cancel()
             await asyncio.wait([task])
             if not task.cancelled():
