@@ -1,7 +1,9 @@
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from serve_app.engines.moe import find_moe_blocks, moe_shape
+from serve_app.engines.moe import MoeShape, find_moe_blocks, moe_shape
 from serve_app.errors import ReplayError
 from serve_app.replay import replay_routing
 from serve_app.types import ExpertBatch
@@ -168,6 +171,27 @@ def test_valid_and_invalid_rows_side_by_side(family: str) -> None:
     assert torch.equal(replayed.ids[valid], ids[valid].long())
     # What the first sparse layer is given does not depend on the forced rows yet.
     assert torch.equal(replayed.ids[~valid, 0], native.ids[~valid, 0])
+
+
+@pytest.mark.parametrize("family", REPLAYABLE)
+def test_ids_of_another_family_are_refused(family: str) -> None:
+    """Qwen3-MoE has 8 experts in all 3 layers, DeepSeek-V3 in the last 2, LongCat 10 in 4."""
+
+    def fits(one: MoeShape) -> tuple[object, ...]:
+        return one.num_experts, one.moe_layers, one.top_k
+
+    model = tiny(family)
+    own = moe_shape(model)
+    others = [tiny(name) for name in ("qwen3_moe", "deepseek_v3", "longcat_flash")]
+    others = [other for other in others if fits(moe_shape(other)) != fits(own)]
+    assert len(others) >= 2
+    for other in others:
+        batch = batch_of(other, random_ids(other))
+        with (
+            pytest.raises(ReplayError, match=rf"{own.family} has .*, the batch "),
+            replay_routing(model, batch),
+        ):
+            model(random_tokens(), use_cache=False)
 
 
 @pytest.mark.parametrize("family", UNREPLAYABLE)
@@ -336,6 +360,54 @@ def test_gpt_oss_packs_with_block_diagonal_masks_of_its_own() -> None:
     with replay_routing(model, batch_of(model, ids[10:])), torch.no_grad():
         alone = model(tokens[:, 10:], use_cache=False).logits
     torch.testing.assert_close(together[:, 10:], alone, atol=1e-5, rtol=1e-4)
+
+
+# Memory
+
+
+def allocated(work: Callable[[], object]) -> tuple[int, int]:
+    """Return the bytes of tensors that ``work`` still holds when it returns, and at most held."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = work()
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    assert changes
+    held = list(accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
+    del kept
+    return held[-1], max(held)
+
+
+def test_ids_stay_at_native_width_and_widen_one_layer_at_a_time() -> None:
+    """What a trainer holds in a forward pass with replay is what it holds without, to the byte.
+
+    An int64 copy of all ids would be the size of 12 layers; beyond the ids that any router's
+    top-k keeps for backward there is room for the check of one layer only, before the pass.
+    """
+    tokens, layers, top_k = 512, 12, 4
+    model = tiny("qwen3_moe", num_hidden_layers=layers, num_experts_per_tok=top_k)
+    batch = batch_of(model, random_ids(model, tokens))
+    assert batch.ids.nbytes == tokens * layers * top_k
+    one_layer_widened = tokens * top_k * 8
+    model(random_tokens(tokens), use_cache=False)  # what is made once is nobody's
+
+    def native() -> torch.Tensor:
+        logits: torch.Tensor = model(random_tokens(tokens), use_cache=False).logits
+        return logits
+
+    def replayed() -> torch.Tensor:
+        with replay_routing(model, batch):
+            return native()
+
+    def opened() -> None:
+        with suppress(KeyError), replay_routing(model, batch):
+            raise KeyError("before any forward pass")
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert allocated(replayed) == allocated(native)
+    left, most = allocated(opened)
+    assert left == 0
+    assert most < 4 * one_layer_widened < layers * one_layer_widened
 
 
 # Gradient checkpointing
