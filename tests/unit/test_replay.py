@@ -246,9 +246,46 @@ def test_qwen3_moe_block_by_hand(normalised: bool) -> None:
     torch.testing.assert_close(output, expected)
 
 
-def test_a_group_limit_hides_no_forced_expert() -> None:
-    model = tiny("deepseek_v2")
-    router = model.model.layers[2].mlp.gate
+def _softmax(logits: torch.Tensor, ids: torch.Tensor, _: Any) -> torch.Tensor:
+    return logits.softmax(-1).gather(-1, ids)
+
+
+def _softmax_normalised(logits: torch.Tensor, ids: torch.Tensor, router: Any) -> torch.Tensor:
+    weights = _softmax(logits, ids, router)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _softmax_of_the_chosen(logits: torch.Tensor, ids: torch.Tensor, router: Any) -> torch.Tensor:
+    return (logits + router.bias).gather(-1, ids).softmax(-1)
+
+
+def _sigmoid_normalised_scaled(
+    logits: torch.Tensor, ids: torch.Tensor, router: Any
+) -> torch.Tensor:
+    """Without the bias that the router chooses by."""
+    weights = logits.sigmoid().gather(-1, ids)
+    return weights / weights.sum(-1, keepdim=True) * router.routed_scaling_factor
+
+
+@pytest.mark.parametrize(
+    ("family", "formula"),
+    [
+        ("mixtral", _softmax_normalised),
+        ("olmoe", _softmax),
+        ("deepseek_v2", _softmax),
+        ("deepseek_v3", _sigmoid_normalised_scaled),
+        ("glm4_moe", _sigmoid_normalised_scaled),
+        ("gpt_oss", _softmax_of_the_chosen),
+    ],
+)
+def test_gate_weights_by_hand_and_no_group_limit_hides_a_forced_expert(
+    family: str, formula: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+) -> None:
+    model = tiny(family)
+    router = next(block.router for block in find_moe_blocks(model) if block.layer == 2)
+    for name, buffer in router.named_buffers():
+        assert name == "e_score_correction_bias"
+        buffer.copy_(torch.linspace(-2, 2, 8))
     seen: list[Any] = []
     hook = router.register_forward_hook(lambda _, args, output: seen.extend([args[0], output]))
     ids = random_ids(model)
@@ -256,8 +293,10 @@ def test_a_group_limit_hides_no_forced_expert() -> None:
         model(random_tokens(), use_cache=False)
     hook.remove()
     hidden, (_, weights, _) = seen
-    scores = (hidden.view(TOKENS, -1) @ router.weight.T).softmax(-1)
-    torch.testing.assert_close(weights, scores.gather(-1, ids[:, 1].long()))
+    with torch.no_grad():
+        logits = hidden.view(TOKENS, -1) @ router.weight.T
+        expected = formula(logits, ids[:, -1].long(), router)
+    torch.testing.assert_close(weights, expected)
     assert bool((weights > 0).all())
 
 
