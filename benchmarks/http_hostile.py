@@ -35,16 +35,16 @@ class Peak(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.most: dict[str, float] = {}
-        self._stop = threading.Event()
+        self._over = threading.Event()
 
     def run(self) -> None:
-        while not self._stop.is_set():
+        while not self._over.is_set():
             for kind, mib in resident_mib().items():
                 self.most[kind] = max(mib, self.most.get(kind, 0.0))
-            self._stop.wait(0.02)
+            self._over.wait(0.02)
 
     def end(self) -> None:
-        self._stop.set()
+        self._over.set()
         self.join()
 
 

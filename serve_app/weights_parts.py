@@ -108,7 +108,7 @@ class WeightsInbox:
                 sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, device=device
             )
             _broadcast(group, flat)
-            pieces = flat.split([tensor.numel() for tensor in tensors])
+            pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
             tensors = [piece.view_as(one) for piece, one in zip(pieces, tensors, strict=True)]
         else:
             for tensor in tensors:
@@ -162,13 +162,12 @@ def _tensor(item: Any) -> "torch.Tensor":
 def _joined(spec: GroupSpec, rank: int, timeout_s: float) -> "ProcessGroup":
     """Open a group beside the process's own, as trainers' frameworks do, prefixes and all."""
     from torch.distributed import distributed_c10d as c10d
+    from torch.distributed.rendezvous import rendezvous
 
     timeout = timedelta(seconds=timeout_s)
     where = f"tcp://{spec.address}:{spec.port}"
     try:
-        store, rank, world_size = next(
-            c10d.rendezvous(where, rank, spec.world_size, timeout=timeout)
-        )
+        store, rank, world_size = next(rendezvous(where, rank, spec.world_size, timeout=timeout))
         store.set_timeout(timeout)
         group, _ = c10d._new_process_group_helper(
             world_size,

@@ -11,7 +11,7 @@ from serve_app.errors import InvalidRequest
 from serve_app.ingress.abandonment import Answer, Pieces
 from serve_app.ingress.choices import Choices
 from serve_app.ingress.edge import Ingress
-from serve_app.ingress.errors import documented
+from serve_app.ingress.errors import sampling
 from serve_app.ingress.events import Json, ended, event
 from serve_app.ingress.generate import pairs, text_of
 from serve_app.ingress.openai import Envelope, OpenAIBody, UsageBody, without_nulls
@@ -123,7 +123,7 @@ class ChatAnswer(BaseModel):
 @router.post(
     "/v1/chat/completions",
     response_model=None,
-    responses={200: {"model": ChatAnswer, "content": {"text/event-stream": {}}}} | documented(),
+    responses=sampling(ChatAnswer),
 )
 async def chat_completions(body: ChatBody, edge: Edge) -> Answer:
     """Continue a chat."""

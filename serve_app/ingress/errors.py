@@ -81,6 +81,12 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def sampling(answer: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return what a sampling route's OpenAPI says: its answer, whole or as events, and errors."""
+    whole: dict[str, Any] = {"model": answer, "content": {"text/event-stream": {}}}
+    return {200: whole, **documented()}
+
+
 def failure(
     status: int, message: str, kind: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:

@@ -101,7 +101,7 @@ def _npy(ids: npt.NDArray[Any]) -> tuple[memoryview, ...]:
 
 
 def _flat(ids: npt.NDArray[Any]) -> memoryview:
-    return memoryview(ids.reshape(-1).view(np.uint8))
+    return ids.reshape(-1).view(np.uint8).data
 
 
 def _tensors(tensors: dict[str, npt.NDArray[Any]], meta: dict[str, str]) -> tuple[memoryview, ...]:

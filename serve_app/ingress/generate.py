@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from serve_app.errors import EngineError, InvalidRequest
 from serve_app.ingress.abandonment import Answer, Pieces
 from serve_app.ingress.edge import EngineCalls, Ingress
-from serve_app.ingress.errors import documented
+from serve_app.ingress.errors import sampling
 from serve_app.ingress.events import Json, ended
 from serve_app.ingress.replica import Edge
 from serve_app.ingress.sampling import SamplingBody, TokenIds
@@ -88,7 +88,7 @@ class GenerateAnswer(BaseModel):
 @router.post(
     "/generate",
     response_model=None,
-    responses={200: {"model": GenerateAnswer, "content": {"text/event-stream": {}}}} | documented(),
+    responses=sampling(GenerateAnswer),
 )
 async def generate(body: GenerateBody, edge: Edge) -> Answer:
     """Sample one rollout."""

@@ -2,15 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
 from serve_app.errors import InvalidRequest
 
+T = TypeVar("T")
 Messages = Sequence[Mapping[str, Any]]
 
 # A template is the server's; what else apply_chat_template takes is not the client's to say.
@@ -81,7 +82,7 @@ class Prompts:
         """Return one token as the vocabulary spells it."""
         return self._load().convert_ids_to_tokens(token_id) or ""
 
-    async def _in_thread(self, work: Any, *args: Any) -> Any:
+    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def _load(self) -> Any:
@@ -146,9 +147,9 @@ def _plain(message: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def _with_arguments(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
+    if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
+        return call
+    if not isinstance(arguments := function.get("arguments"), str):
         return call
     try:
         parsed = json.loads(arguments)

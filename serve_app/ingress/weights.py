@@ -126,6 +126,6 @@ async def destroy_weights_update_group(body: GroupName, edge: Edge) -> Outcome:
 
 async def _commit(edge: Ingress) -> int:
     versions = await edge.everywhere("weight_version")
-    version = max(version for _, version in versions) + 1
+    version = int(max(version for _, version in versions)) + 1
     await edge.everywhere("commit_weights", version, min(name for name, _ in versions))
     return version
