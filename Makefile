@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= disabled
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test check bench k8s k8s-check clean
+.PHONY: setup demo test check bench k8s k8s-check release clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,15 @@ k8s-check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.transfer
+
+# sdist, a wheel made from it, and the wheel at work in a venv that knows nothing of this tree.
+release: setup
+	rm -rf dist build
+	$(BIN)/python -m build -o dist .
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install -q -c $(VENV)/constraints.txt dist/*.whl
+	cd build && venv/bin/python -I ../tests/installed.py && venv/bin/r3serve validate \
+	  --models-elsewhere venv/lib/python3*/site-packages/graphs/rollout.yaml
 
 clean:
 	rm -rf .venv .venv-ray-* checkpoints build dist *.egg-info

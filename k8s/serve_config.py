@@ -25,27 +25,20 @@ _KEYS: Changes = {
 }
 _GPU: Changes = {
     f"{_APP}.engine.model": "/models/model",
-    f"{_APP}.engine.serve.num_gpus": 1,
-    f"{_APP}.engine.serve.num_cpus": 4,
-    f"{_APP}.decoder.serve.num_cpus": 1,
     f"{_APP}.decoder.serve.max_replicas": 8,
+    f"{_APP}.decoder.serve.max_replicas_per_node": 1,  # beside the records of each node
+}
+_TWICE: Changes = {
+    f"{_APP}.engine.serve.min_replicas": 2,
+    f"{_APP}.decoder.serve.min_replicas": 2,
+    f"{_APP}.ingress.serve.min_replicas": 2,
+    f"{_APP}.ingress.serve.max_replicas": 2,
+    f"{_APP}.ingress.serve.max_replicas_per_node": 1,
 }
 SOURCES: dict[str, tuple[str, Changes]] = {
     "cpu-demo": ("rollout.yaml", _CLUSTER),
-    "gpu": ("rollout.yaml", _CLUSTER | _KEYS | _GPU),
-    "gpu-ha": (
-        "rollout.yaml",
-        _CLUSTER
-        | _KEYS
-        | _GPU
-        | {
-            f"{_APP}.engine.serve.min_replicas": 2,
-            f"{_APP}.engine.serve.max_replicas": 8,
-            f"{_APP}.decoder.serve.min_replicas": 2,
-            f"{_APP}.ingress.serve.min_replicas": 2,
-            f"{_APP}.ingress.serve.max_replicas": 2,
-        },
-    ),
+    "gpu": ("lmdeploy.yaml", _CLUSTER | _KEYS | _GPU),
+    "gpu-ha": ("lmdeploy.yaml", _CLUSTER | _KEYS | _GPU | _TWICE),
 }
 
 

@@ -39,8 +39,11 @@ def _table(application: ServedApplication) -> Table:
         if not isinstance(options, ServeOptions):
             continue
         most = options.max_replicas
-        cpus, gpus = cpus + most * options.num_cpus, gpus + most * options.num_gpus
+        bundles = options.placement_group_bundles
+        cpu = sum(each.get("CPU", 0) for each in bundles) if bundles else options.num_cpus
+        gpu = options.gpus_per_replica
+        cpus, gpus = cpus + most * cpu, gpus + most * gpu
         replicas = f"{options.min_replicas}-{most}" if options.min_replicas < most else f"{most}"
-        table.add_row(name, replicas, f"{options.num_cpus:g}", f"{options.num_gpus:g}")
+        table.add_row(name, replicas, f"{cpu:g}", f"{gpu:g}")
     table.add_row("at its largest", "", f"{cpus:g}", f"{gpus:g}", style="bold")
     return table

@@ -252,6 +252,19 @@ def replicas_find_room(manifests: list[Manifest]) -> Iterator[str]:
             yield f"the graph asks for {asked:g} {kind} at its largest, the groups have {there:g}"
 
 
+def pods_wait_for_their_replicas(manifests: list[Manifest]) -> Iterator[str]:
+    """A pod that ends before its replicas have finished cuts their rollouts off."""
+    engine = served(manifests).get("engine", {}).get("serve", {})
+    wait = engine.get("graceful_shutdown_timeout_s", 20)
+    for group in groups(manifests)[1:]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        if engine.get("num_gpus", 0) and "nvidia.com/gpu" not in limits:
+            continue  # no engine runs there
+        grace = group["template"]["spec"].get("terminationGracePeriodSeconds", 30)
+        if grace <= wait:
+            yield f"{group['groupName']}: pods end after {grace} s, engines finish within {wait} s"
+
+
 def nodes_with_records_stay(manifests: list[Manifest]) -> Iterator[str]:
     """The autoscaler does not see small records in a shard: it must wait longer than a lease."""
     cluster = ray_service(manifests)["spec"]["rayClusterConfig"]
@@ -291,6 +304,7 @@ RULES: tuple[Callable[[list[Manifest]], Iterator[str]], ...] = (
     what_is_named_exists,
     budgets_can_be_kept,
     replicas_find_room,
+    pods_wait_for_their_replicas,
     nodes_with_records_stay,
     ray_asks_for_a_token,
     pods_are_probed,

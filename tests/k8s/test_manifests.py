@@ -126,6 +126,8 @@ BREAKS: list[tuple[str, str, str, Any]] = [
     ("budgets_can_be_kept", "PodDisruptionBudget", "/spec/minAvailable", "50%"),
     ("budgets_can_be_kept", "PodDisruptionBudget", "/spec/minAvailable", 9),
     ("replicas_find_room", "RayService", f"{GPU}/maxReplicas", 1),
+    ("pods_wait_for_their_replicas", "RayService",
+     f"{GPU}/{POD}/terminationGracePeriodSeconds", 60),
     ("nodes_with_records_stay", "RayService", f"{SPEC}/autoscalerOptions/idleTimeoutSeconds", 60),
     ("nodes_with_records_stay", "RayService", f"{SPEC}/autoscalerOptions/version", "v1"),
     ("ray_asks_for_a_token", "RayService", f"{SPEC}/authOptions/mode", "disabled"),
