@@ -8,9 +8,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from serve_app.engines.masks import DecodeMask, Mask
+from serve_app.engines.moe import family_of
 from serve_app.engines.recording import Captured, ExpertRecorder
 from serve_app.engines.slots import SlotCache
 from serve_app.engines.weights import ParkedWeights, load_weights
+
+
+# In a pass of several tokens their layers start from nothing, so a prompt is never cut.
+WHOLE_PROMPTS = frozenset({"jamba"})
 
 
 @dataclass(slots=True)
@@ -40,11 +45,14 @@ class ModelRunner:
         self._mask = DecodeMask(model)
         self._slots = SlotCache()
         self._parked: ParkedWeights | None = None
+        self._whole_prompts = family_of(model) in WHOLE_PROMPTS
 
     def rehearse(self) -> None:
         """Run a prompt in two pieces and a step, so that a model that cannot fails at load."""
         prompt = Prompt([0, 0])
-        passes = [self.process(prompt, 1, record=True) for _ in range(2)]
+        passes = []
+        while prompt.left:
+            passes.append(self.process(prompt, 1, record=True))
         self.join(prompt)
         passes.append(self.decode([0], record=True)[1])
         self.leave(0)
@@ -54,12 +62,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def process(self, prompt: Prompt, tokens: int, *, record: bool) -> Captured | None:
-        """Process up to ``tokens`` more of a prompt, alone; return their experts if wanted."""
+        """Process up to ``tokens`` more of a prompt, alone; return their experts if wanted.
+
+        All that are left, where the model cannot go on in the middle.
+        """
         if prompt.cache is None:
             # Told the layers only where they differ: it would cut windows, which slots need whole.
             config = self._model.config if self._mask.stateful else None
             prompt.cache = DynamicCache(config=config)
-        piece = prompt.tokens[prompt.done : prompt.done + tokens]
+        stop = None if self._whole_prompts else prompt.done + tokens
+        piece = prompt.tokens[prompt.done : stop]
         logits, experts = self._forward(
             torch.tensor([piece], device=self._model.device), record=record, cache=prompt.cache
         )

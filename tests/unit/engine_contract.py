@@ -7,6 +7,7 @@ tokenizer of one token a byte, at least 4 slots), ``make_engine`` (the same with
 
 import asyncio
 import itertools
+import re
 import threading
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from serve_app.records import Ids, Record, hash_tokens
 from serve_app.types import FinishReason, GenerateRequest, UpdateMode
 
 PROMPT = [10, 200, 33, 47, 5, 90, 121]
+NEW = 8  # every family runs all of this: steps are what it costs
 LONG = 1500  # more tokens than any engine samples before a test ends it
 
 Weights = dict[str, torch.Tensor]
@@ -76,11 +78,16 @@ class Sampled:
         return self.chunks[-1].record
 
 
+def varied(**fields: Any) -> GenerateRequest:
+    """Sampled, yet always the same: some small models repeat themselves when greedy."""
+    return request(**{"temperature": 1.0, "seed": 3, **fields})
+
+
 def request(**fields: Any) -> GenerateRequest:
-    """Greedy, recorded, 12 tokens, no EOS."""
+    """Greedy, recorded, `NEW` tokens, no EOS."""
     defaults: dict[str, Any] = {
         "input_ids": PROMPT,
-        "max_new_tokens": 12,
+        "max_new_tokens": NEW,
         "temperature": 0.0,
         "ignore_eos": True,
         "return_routed_experts": True,
@@ -156,12 +163,14 @@ class EngineContract:
 
     # Smallest share of (row, layer) on which record and teacher forcing agree.
     min_agreement = 1.0
+    # How far a log-probability may be from teacher forcing's.
+    logprob_tolerance = 1e-4
 
     # Rows of the record.
 
     async def test_length_has_p_plus_g_minus_1_rows(self, engine: Engine) -> None:
         done = await sample(engine, request())
-        assert (done.reason, len(done.ids), len(done.logprobs)) == ("length", 12, 12)
+        assert (done.reason, len(done.ids), len(done.logprobs)) == ("length", NEW, NEW)
         check_rows(done.record, PROMPT, done.ids, engine)
 
     @pytest.mark.parametrize("prompt", [PROMPT, [7]], ids=["prompt", "one_token"])
@@ -171,16 +180,16 @@ class EngineContract:
         check_rows(done.record, prompt, done.ids, engine)
 
     async def test_stop_token_is_a_token_and_the_last_one_unprocessed(self, engine: Engine) -> None:
-        plain = await sample(engine, request())
+        plain = await sample(engine, varied())
         stop, place = first_new_token(plain.ids)
-        done = await sample(engine, request(stop_token_ids=(stop,)))
+        done = await sample(engine, varied(stop_token_ids=(stop,)))
         assert (done.reason, done.ids) == ("stop", plain.ids[: place + 1])
         check_rows(done.record, PROMPT, done.ids, engine)
 
     async def test_stripped_stop_token_cuts_the_record_too(self, engine: Engine) -> None:
-        plain = await sample(engine, request())
+        plain = await sample(engine, varied())
         stop, place = first_new_token(plain.ids)
-        done = await sample(engine, request(stop_token_ids=(stop,), include_stop_token=False))
+        done = await sample(engine, varied(stop_token_ids=(stop,), include_stop_token=False))
         assert (done.reason, done.ids) == ("stop", plain.ids[:place])
         assert done.logprobs == plain.logprobs[:place]
         check_rows(done.record, PROMPT, done.ids, engine)
@@ -220,7 +229,10 @@ class EngineContract:
                 -1, torch.tensor(rollout.ids)[:, None]
             )
             torch.testing.assert_close(
-                torch.tensor(rollout.logprobs), expected.squeeze(-1), atol=1e-4, rtol=1e-4
+                torch.tensor(rollout.logprobs),
+                expected.squeeze(-1),
+                atol=self.logprob_tolerance,
+                rtol=self.logprob_tolerance,
             )
 
     # Text.
@@ -228,9 +240,9 @@ class EngineContract:
     async def test_stop_string_cuts_text_but_no_ids(
         self, engine: Engine, reference: Reference
     ) -> None:
-        plain = await sample(engine, request(max_new_tokens=64))
-        stop = visible_piece(plain.text, len(plain.text) // 2)
-        done = await sample(engine, request(max_new_tokens=64, stop=(stop,)))
+        plain = await sample(engine, varied(max_new_tokens=24))
+        stop = visible_piece(plain.text, len(plain.text) // 3)
+        done = await sample(engine, varied(max_new_tokens=24, stop=(stop,)))
         assert done.reason == "stop"
         assert done.text == plain.text[: plain.text.index(stop)]
         assert done.ids == plain.ids[: len(done.ids)]
@@ -242,8 +254,8 @@ class EngineContract:
         self, engine: Engine, reference: Reference
     ) -> None:
         wanted = [
-            request(max_new_tokens=64, temperature=1.5, seed=seed, stop=("never to be found",))
-            for seed in range(6)
+            request(max_new_tokens=24, temperature=1.5, seed=seed, stop=("never to be found",))
+            for seed in range(4)
         ]
         for done in await asyncio.gather(*(sample(engine, one) for one in wanted)):
             assert done.text == reference.decode(done.ids)
@@ -251,7 +263,7 @@ class EngineContract:
     # Sampling.
 
     async def test_concurrent_requests_equal_each_alone(self, engine: Engine) -> None:
-        wanted = mixed_requests(20)
+        wanted = mixed_requests(12)
         together = await asyncio.gather(*(sample(engine, one) for one in wanted))
         for one, rollout in zip(wanted, together, strict=True):
             alone = await sample(engine, one.model_copy(update={"request_id": "alone"}))
@@ -262,16 +274,14 @@ class EngineContract:
             assert agreement(rollout.record, alone.record.ids[:, columns]) >= self.min_agreement
 
     async def test_a_seed_reproduces(self, engine: Engine) -> None:
-        wanted = [request(temperature=1.0, seed=seed, max_new_tokens=24) for seed in (1, 2, 1)]
+        wanted = [request(temperature=1.0, seed=seed) for seed in (1, 2, 1)]
         first, other, again = [await sample(engine, one) for one in wanted]
         assert first.ids == again.ids
         assert first.logprobs == again.logprobs
         assert first.ids != other.ids
 
     async def test_no_seed_samples_differently(self, engine: Engine) -> None:
-        one, two = [
-            await sample(engine, request(temperature=1.0, max_new_tokens=24)) for _ in range(2)
-        ]
+        one, two = [await sample(engine, request(temperature=1.0)) for _ in range(2)]
         assert one.ids != two.ids
 
     async def test_top_k_of_one_is_greedy(self, engine: Engine) -> None:
@@ -288,11 +298,11 @@ class EngineContract:
         check_rows(done.record, PROMPT, done.ids, engine)
 
     async def test_no_stop_string_before_the_least_number_of_tokens(self, engine: Engine) -> None:
-        plain = await sample(engine, request(max_new_tokens=64))
+        plain = await sample(engine, varied(max_new_tokens=24))
         stop = visible_piece(plain.text, 0)
-        done = await sample(engine, request(max_new_tokens=64, stop=(stop,), min_new_tokens=60))
-        assert done.ids[:60] == plain.ids[:60]
-        assert done.text[:40] == plain.text[:40]
+        done = await sample(engine, varied(max_new_tokens=24, stop=(stop,), min_new_tokens=22))
+        assert done.ids[:22] == plain.ids[:22]
+        assert done.text[:10] == plain.text[:10]
 
     async def test_a_bias_and_penalties_decide_but_logprobs_stay_raw(self, engine: Engine) -> None:
         plain = await sample(engine, request())
@@ -315,9 +325,9 @@ class EngineContract:
         self, make_engine: MakeEngine, reference: Reference
     ) -> None:
         engine = make_engine(max_batch_size=4)
-        wanted = request(temperature=1.0, seed=5, max_new_tokens=9)
-        other = asyncio.create_task(sample(engine, request(max_new_tokens=30)))
-        group = await sample_group(engine, wanted, 6)
+        wanted = request(temperature=1.0, seed=5)
+        other = asyncio.create_task(sample(engine, request(max_new_tokens=20)))
+        group = await sample_group(engine, wanted, 5)
         for index, done in enumerate(group):
             alone = await sample(engine, wanted.member(index))
             assert (done.ids, done.text, done.reason) == (alone.ids, alone.text, "length")
@@ -365,9 +375,9 @@ class EngineContract:
         engine = make_engine(max_batch_size=3)
         long = [
             request(input_ids=[(7 * i + k) % 250 + 3 for i in range(length)], max_new_tokens=6)
-            for k, length in enumerate((1300, 512, 513, 1024))
+            for k, length in enumerate((1100, 512, 513))
         ]
-        wanted = [*long, *mixed_requests(6)]
+        wanted = [*long, *mixed_requests(5)]
         done = await asyncio.gather(*(sample(engine, one) for one in wanted))
         for one, rollout in zip(wanted, done, strict=True):
             check_rows(rollout.record, one.input_ids, rollout.ids, engine)
@@ -448,7 +458,7 @@ class EngineContract:
                 return None
             return await run.rest()
 
-        wanted = mixed_requests(30)
+        wanted = mixed_requests(20)
         done = await asyncio.gather(*map(live, wanted, fates))
         assert await engine.abort() == 0
         for one, rollout in zip(wanted, done, strict=True):
@@ -500,15 +510,12 @@ class EngineContract:
     ) -> None:
         engine = make_engine(max_batch_size=2)
         other = {name: tensor * 0.5 for name, tensor in reference.weights().items()}
-        plain = await sample(engine, request(max_new_tokens=30))
+        plain = await sample(engine, request())
         assert (engine.weight_version, plain.chunks[-1].weight_version) == (0, 0)
-        runs = [
-            await Started(engine, request(request_id=name, max_new_tokens=30)).first()
-            for name in "ab"
-        ]
+        runs = [await Started(engine, request(request_id=name)).first() for name in "ab"]
         update = asyncio.create_task(engine.update_weights(other, 7, mode))
         await asyncio.sleep(0)
-        later = await submitted(engine, request(max_new_tokens=30))
+        later = await submitted(engine, request())
         await update
         assert engine.weight_version == 7
         for run in runs:
@@ -520,9 +527,9 @@ class EngineContract:
         new = await later
         check_rows(new.record, PROMPT, new.ids, engine)
         assert new.chunks[-1].weight_version == 7
-        assert new.ids != plain.ids
+        assert new.logprobs != plain.logprobs
         await engine.update_weights(reference.weights(), 8, mode)
-        assert (await sample(engine, request(max_new_tokens=30))).ids == plain.ids
+        assert (await sample(engine, request())).ids == plain.ids
 
     @pytest.mark.parametrize(
         ("damage", "message"),
@@ -545,10 +552,10 @@ class EngineContract:
     ) -> None:
         before = await sample(engine, request())
         state = {name: torch.zeros_like(tensor) for name, tensor in reference.weights().items()}
-        name = next(name for name in state if name.endswith("layers.1.self_attn.q_proj.weight"))
+        name = next(name for name, tensor in state.items() if ".1." in name and tensor.dim() == 2)
         damage(state, name)
         run = await Started(engine, request(request_id="a", max_new_tokens=LONG)).first()
-        with pytest.raises(WeightsMismatch, match=message.format(name=name)):
+        with pytest.raises(WeightsMismatch, match=message.format(name=re.escape(name))):
             await engine.update_weights(state, 9, "abort")
         assert await engine.abort("a") == 1  # what ran was left alone
         await run.rest()
@@ -598,7 +605,7 @@ class EngineContract:
         assert engine.sleep_level == 2
         await engine.wake(other, 4)
         new = await sample(engine, request())
-        assert (engine.weight_version, new.ids == before.ids) == (4, False)
+        assert (engine.weight_version, new.logprobs == before.logprobs) == (4, False)
         check_rows(new.record, PROMPT, new.ids, engine)
         await engine.sleep(1)
         await engine.wake()
@@ -674,11 +681,11 @@ def first_new_token(ids: list[int]) -> tuple[int, int]:
 
 
 def visible_piece(text: str, start: int) -> str:
-    """Return three characters of text, none of them a replacement character."""
+    """Return two characters of text, none of them a replacement character."""
     return next(
         piece
-        for at in range(start, len(text) - 3)
-        if "\N{REPLACEMENT CHARACTER}" not in (piece := text[at : at + 3])
+        for at in range(start, len(text) - 2)
+        if "\N{REPLACEMENT CHARACTER}" not in (piece := text[at : at + 2])
     )
 
 
@@ -687,7 +694,7 @@ def mixed_requests(count: int) -> list[GenerateRequest]:
     return [
         request(
             input_ids=[(7 * i + 11 * j) % 250 + 3 for j in range(1 + 5 * i % 37)],
-            max_new_tokens=3 + i % 11 * 3,
+            max_new_tokens=3 + i % 5 * 3,
         )
         for i in range(count)
     ]

@@ -1,7 +1,8 @@
 """The Transformers engine on other families than its first: caches, windows and layouts differ."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from examples.tiny_moe import write_checkpoint
+from examples.tiny_moe import write_checkpoint, write_tokenizer
 from serve_app.config import EngineArgs
+from serve_app.engines.base import Engine
 from serve_app.engines.batch import PIECE
 from serve_app.engines.moe import find_moe_blocks
 from serve_app.engines.recording import ExpertRecorder
 from serve_app.engines.transformers import TransformersEngine
 from serve_app.errors import EngineError
-from serve_app.types import GenerateRequest
 from tests.families import FAMILIES as ALL_FAMILIES
 from tests.families import UNRECORDABLE, VOCAB, tiny
 from tests.unit.engine_contract import (
+    EngineContract,
+    MakeEngine,
     Sampled,
     agreement,
     check_rows,
@@ -27,6 +30,7 @@ from tests.unit.engine_contract import (
     request,
     sample,
 )
+from tests.unit.test_transformers_engine import PlainModel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -87,9 +91,8 @@ def load(path: Path, **fields: Any) -> TransformersEngine:
             model=str(path),
             dtype="float32",
             enable_return_routed_experts=True,
-            max_batch_size=5,
             engine_kwargs={"num_threads": 1},
-            **fields,
+            **{"max_batch_size": 5, **fields},
         )
     )
 
@@ -162,27 +165,50 @@ REFUSED = {
 SERVED = sorted(ALL_FAMILIES.keys() - REFUSED)
 
 
-def small_requests(count: int) -> list[GenerateRequest]:
-    return [
-        request(
-            input_ids=[(7 * i + 11 * j) % (VOCAB - 3) + 3 for j in range(1 + 5 * i % 37)],
-            max_new_tokens=3 + i % 11 * 3,
-            request_id=f"{count}-{i}",
-        )
-        for i in range(count)
-    ]
+@dataclass(frozen=True)
+class Served:
+    """One family's checkpoint, an engine on it, and the plain model beside it."""
+
+    path: Path
+    engine: TransformersEngine
+    plain: PlainModel
 
 
-@pytest.mark.parametrize("family", SERVED)
-async def test_the_contracts_core_on_every_family(tmp_path: Path, family: str) -> None:
-    """P+G-1 rows, the experts of teacher forcing, and the same tokens alone and together."""
-    tiny(family).save_pretrained(tmp_path)
-    wanted = small_requests(8)
-    together = await check_against_teacher_forcing(tmp_path, wanted)
-    engine = load(tmp_path)
-    for one, rollout in zip(wanted, together, strict=True):
-        assert (await sample(engine, one)).ids == rollout.ids
-    await engine.stop()
+@pytest.fixture(scope="module", params=SERVED)
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    path = tmp_path_factory.mktemp(request.param)
+    length = "max_seq_len" if request.param == "dbrx" else "max_position_embeddings"
+    tiny(request.param, vocab_size=260, **{length: 2048}).save_pretrained(path)
+    write_tokenizer(path)
+    engine = load(path)
+    yield Served(path, engine, PlainModel(path, torch.float32))
+    asyncio.run(engine.stop())
+
+
+class TestEveryFamily(EngineContract):
+    """The whole contract on each of them, as on the first."""
+
+    @pytest.fixture
+    def engine(self, family: Served) -> Engine:
+        return family.engine
+
+    @pytest.fixture
+    def reference(self, family: Served) -> PlainModel:
+        return family.plain
+
+    @pytest.fixture
+    async def make_engine(self, family: Served) -> AsyncIterator[MakeEngine]:
+        made: list[Engine] = []
+
+        def make(**overrides: Any) -> Engine:
+            made.append(load(family.path, **overrides))
+            return made[-1]
+
+        yield make
+        for engine in made:
+            await engine.stop()
 
 
 @pytest.mark.parametrize("family", REFUSED)

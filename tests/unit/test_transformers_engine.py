@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from examples.tiny_moe import write_checkpoint
-from serve_app.config import EngineArgs
+from serve_app.config import EngineArgs, StoreArgs
+from serve_app.deployments.engine import InferenceEngine
 from serve_app.engines.base import Engine
 from serve_app.engines.moe import find_moe_blocks
 from serve_app.engines.recording import ExpertRecorder
@@ -32,6 +33,7 @@ from serve_app.errors import EngineUnavailable, InvalidRequest, WeightsMismatch
 from serve_app.records import Ids
 from tests.unit.engine_contract import (
     LONG,
+    NEW,
     PROMPT,
     EngineContract,
     MakeEngine,
@@ -255,7 +257,7 @@ async def test_without_a_tokenizer_there_is_no_text(
         (path / name).unlink()
     engine = make_engine(path=path)
     done = await sample(engine, request())
-    assert (done.text, len(done.ids)) == ("", 12)
+    assert (done.text, len(done.ids)) == ("", NEW)
     with pytest.raises(InvalidRequest, match="tokenizer"):
         engine.check(request(stop=("x",)))
 
@@ -387,8 +389,16 @@ async def test_asleep_the_model_holds_no_weights(make_engine: MakeEngine) -> Non
     assert [weight.shape for weight in model.parameters()] == sizes
 
 
-async def test_a_wedged_step_loop_is_unhealthy(make_engine: MakeEngine) -> None:
+async def test_a_wedged_step_loop_makes_its_replica_unhealthy(
+    make_engine: MakeEngine, sparse: Path
+) -> None:
     engine = make_engine(dtype="float16", engine_kwargs={"num_threads": 1, "step_timeout_s": 0.05})
+    replica = InferenceEngine(
+        EngineArgs(model=str(sparse)),
+        StoreArgs(backend="memory"),
+        None,  # type: ignore[arg-type]  # no store is needed to be unhealthy
+        lambda *_: engine,
+    )
     model = next(obj for obj in _models() if obj.dtype == torch.float16)
     entered, go_on = threading.Event(), threading.Event()
 
@@ -400,17 +410,17 @@ async def test_a_wedged_step_loop_is_unhealthy(make_engine: MakeEngine) -> None:
     task = await submitted(engine, request())
     await asyncio.to_thread(entered.wait)
 
-    def check_until_it_complains() -> None:
+    async def check_until_it_complains() -> None:
         while True:
-            engine.check_health()
+            await replica.check_health()
 
     with pytest.raises(EngineUnavailable, match=r"stuck: no progress for \d+\.\d s"):
-        check_until_it_complains()
+        await check_until_it_complains()
     hook.remove()
     go_on.set()
     assert (await task).reason == "length"
     await engine.abort()  # returns when the loop has turned
-    engine.check_health()
+    await replica.check_health()
 
 
 # Loading.
@@ -432,7 +442,7 @@ async def test_a_dense_model_with_recording_on_is_refused_by_name(tmp_path: Path
     engine = load(tmp_path, enable_return_routed_experts=False)
     assert engine.info.moe_layers == ()
     done = await sample(engine, request(input_ids=[1, 2, 3]))
-    assert (done.reason, len(done.ids), done.record) == ("length", 12, None)
+    assert (done.reason, len(done.ids), done.record) == ("length", NEW, None)
     await engine.stop()
 
 
