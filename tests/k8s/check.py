@@ -11,7 +11,8 @@ import yaml
 
 from serve_app.cli.serve_config import check_serve_config
 from tests.k8s.kustomize import KustomizeError, Manifest, build
-from tests.k8s.rules import ROOT, RULES, ray_service
+from tests.k8s.overlay import ROOT, ray_service
+from tests.k8s.rules import RULES
 from tests.k8s.schemas import schema_problems
 
 K8S = ROOT / "k8s"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tests.k8s.rules import ROOT
+from tests.k8s.overlay import ROOT
 
 DASHBOARD = ROOT / "k8s" / "grafana-dashboard.json"
 _OURS = "ray_r3serve_"

@@ -20,7 +20,7 @@ import requests
 import yaml
 
 from tests.k8s.kustomize import Manifest
-from tests.k8s.rules import ROOT, groups, quantity, ray_service
+from tests.k8s.overlay import ROOT, groups, quantity, ray_service
 
 BIN = Path(sys.executable).parent
 _PATIENCE_S = 150

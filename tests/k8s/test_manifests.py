@@ -13,7 +13,8 @@ import yaml
 from k8s.serve_config import OVERLAYS, SOURCES, cluster_config, patch_text
 from tests.k8s.check import K8S, manifest_problems, overlay_folders, tree_problems
 from tests.k8s.kustomize import Manifest, build, read_all
-from tests.k8s.rules import RULES, ray_service
+from tests.k8s.overlay import ray_service
+from tests.k8s.rules import RULES
 from tests.k8s.schemas import schema_problems
 
 NAMES = [folder.name for folder in overlay_folders(K8S)]
@@ -40,8 +41,9 @@ def test_every_overlay_serves_what_graphs_ship_but_for_named_changes() -> None:
     assert set(SOURCES) == set(NAMES)
     for overlay in NAMES:
         carried = ray_service(built(overlay))["spec"]["serveConfigV2"]
-        assert yaml.safe_load(carried) == cluster_config(overlay)
-        assert (OVERLAYS / overlay / "serve-config.yaml").read_text() == patch_text(overlay)
+        assert yaml.safe_load(carried) == cluster_config(overlay), "run `make k8s`"
+        written = (OVERLAYS / overlay / "serve-config.yaml").read_text()
+        assert written == patch_text(overlay), "graphs/ changed: run `make k8s`"
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
