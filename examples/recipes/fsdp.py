@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch names no exports
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
@@ -65,7 +66,7 @@ class Rank:
     """One data parallel rank; runs as an actor, or in a process of its own."""
 
     def __init__(self, path: Path, rank: int, ranks: int, port: int) -> None:
-        store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
+        store = TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         self._rank, self._ranks = rank, ranks
         self._model = sharded(path)

@@ -81,7 +81,8 @@ def by_hand(samples: Sequence[Sample], grid: Grid, layer: int, cp_rank: int, tp_
 ]:  # fmt: skip
     """Do as verl's preprocessing does with whole tensors; return ids and which of them are real."""
     multiple = 2 * grid.cp * grid.tp
-    parts, real = [], []
+    parts: list[torch.Tensor] = []
+    real: list[torch.Tensor] = []
     for sample in samples:
         rows = -(-sample.tokens // multiple) * multiple
         ids = torch.zeros(rows, sample.routes.shape[-1], dtype=torch.long)

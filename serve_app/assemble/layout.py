@@ -102,11 +102,23 @@ def fill(
         segment, rows = segments[run.segment], slice(run.target, run.target + run.count)
         source = segment.ids[run.source : run.source + run.count]
         for target_columns, source_columns in blocks:
-            copies.add(ids[rows, target_columns], source[:, source_columns])
+            copies.add(*_by_rows(ids[rows, target_columns], source[:, source_columns]))
         valid[rows] = True
         for row in segment.meta.invalid:
             if run.source <= row < run.source + run.count:
                 valid[run.target + row - run.source] = False
+
+
+def _by_rows(target: Array, source: Array) -> tuple[Array, Array]:
+    """View each row ``[columns, top_k]`` as one element where no id is widened.
+
+    Of rows with gaps between them numpy copies element by element: halves the time of a slice.
+    """
+    whole = source.flags.c_contiguous and target.flags.c_contiguous
+    if whole or target.dtype != source.dtype:
+        return target, source
+    row = np.dtype((np.void, source.dtype.itemsize * source.shape[1] * source.shape[2]))
+    return tuple(side.reshape(len(side), -1).view(row) for side in (target, source))  # type: ignore[return-value]
 
 
 def blocks_of(columns: Sequence[int]) -> list[Block]:

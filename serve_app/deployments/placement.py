@@ -4,17 +4,25 @@ Slicing there, only a rank's slice crosses the wire; elsewhere whole records do.
 """
 
 import random
+from typing import Any
 
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import (  # type: ignore[attr-defined]  # Ray names no exports there
+    PendingRequest,
+    RequestRouter,
+    RunningReplica,
+)
 
 from serve_app.config import DecoderArgs
 
 
 def near_bytes(args: DecoderArgs) -> RequestRouterConfig:
     """Return the ``request_router_config`` of the decoder deployment."""
-    return RequestRouterConfig(
-        request_router_class=NearBytesRouter, request_router_kwargs={"wait_s": args.near_wait_s}
+    return RequestRouterConfig.model_validate(
+        {
+            "request_router_class": NearBytesRouter,
+            "request_router_kwargs": {"wait_s": args.near_wait_s},
+        }
     )
 
 
@@ -26,9 +34,9 @@ class NearBytesRouter(RequestRouter):
     was chosen for one call to whichever waits longest.
     """
 
-    def initialize_state(self, wait_s: float) -> None:
+    def initialize_state(self, **kwargs: Any) -> None:
         """Take the ``request_router_kwargs``."""
-        self._wait_s = wait_s
+        self._wait_s = float(kwargs["wait_s"])
 
     async def choose_replicas(
         self,

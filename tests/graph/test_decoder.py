@@ -34,7 +34,7 @@ def test_the_decoder_answers_what_is_read_here(client: RoutedExpertsClient) -> N
     rank = RankSlice(4, total_multiple=64, cp_size=2, cp_rank=1, layers=(5, 2))
     for dtype in (None, "int64"):
         here, there = (
-            client.materialize(asked, rank=rank, dtype=dtype, pad="random", where=where)  # type: ignore[arg-type]
+            client.materialize(asked, rank=rank, dtype=dtype, pad="random", where=where)
             for where in ("local", "decoder")
         )
         assert there.ids.dtype == here.ids.dtype
@@ -48,7 +48,7 @@ def test_the_decoder_answers_what_is_read_here(client: RoutedExpertsClient) -> N
             dtype=dtype,
             pad="random",
             where="decoder",
-            out=out,  # type: ignore[arg-type]
+            out=out,
         )
         assert kept.ids is out
         assert torch.equal(out, here.ids)

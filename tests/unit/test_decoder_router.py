@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
-from ray.serve.request_router import PendingRequest
+from ray.serve.request_router import PendingRequest  # type: ignore[attr-defined]
 
 from serve_app.config import DecoderArgs
 from serve_app.deployments.placement import NearBytesRouter, near_bytes
