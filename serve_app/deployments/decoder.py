@@ -21,6 +21,7 @@ from serve_app.config import DecoderArgs, StoreArgs
 from serve_app.deployments.context import connect_store
 from serve_app.deployments.metrics import DecoderMetrics
 from serve_app.deployments.store import ExpertStore
+from serve_app.deployments.underway import Underway
 from serve_app.errors import R3Error
 from serve_app.materialize import materialize
 from serve_app.store.base import RecordStore
@@ -42,6 +43,7 @@ class ExpertDecoder:
         self._supervisor = store
         self._store: RecordStore | None = None
         self._workspace = Workspace()
+        self._underway = Underway()
         self._metrics = DecoderMetrics()
 
     async def materialize(
@@ -63,7 +65,9 @@ class ExpertDecoder:
         )
         if self._store_args.backend == "memory":
             return await asyncio.to_thread(work)
-        return [await asyncio.to_thread(self._put, work)]
+        ref, nbytes = await asyncio.to_thread(self._put, work)
+        self._underway.keep(ref, nbytes)
+        return [ref]
 
     def _materialize(
         self, store: RecordStore, sequences: Sequence[RoutedSequence], spec: BatchSpec, **how: Any
@@ -77,10 +81,13 @@ class ExpertDecoder:
         self._metrics.answered(packed, len(sequences), time.monotonic() - begun)
         return packed
 
-    def _put(self, work: Callable[..., PackedExperts]) -> "ray.ObjectRef[PackedExperts]":
+    def _put(
+        self, work: Callable[..., PackedExperts]
+    ) -> "tuple[ray.ObjectRef[PackedExperts], int]":
         try:
             with self._workspace.lend() as allocate:
-                return ray.put(work(allocate=functools.partial(self._bounded, make=allocate)))
+                packed = work(allocate=functools.partial(self._bounded, make=allocate))
+                return ray.put(packed), packed.ids.nbytes
         except R3Error as error:
             # Serve and Ray keep errors in cycles: with its frames this one would pin the records
             # that were fetched until the garbage collector comes by.
