@@ -71,6 +71,7 @@ class Ingress:
         self.engine_args = engine_args
         self.keeper = Doorkeeper(args, PATHS)
         self.prompts = Prompts(Path(engine_args.model))
+        self.prompts.begin_loading()
         self._engine = engine.options(_by_reference=True)
         self._decoder = decoder.options(_by_reference=True)
         handles = Handles(self._engine, self._decoder, application()) if is_local() else None

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
@@ -46,7 +47,7 @@ _TEMPLATE_ERRORS = (
 
 
 class Prompts:
-    """Loads the tokenizer when it is first needed; works in threads, since long texts take long.
+    """Works in threads, since long texts take long. The first to ask waits for the tokenizer.
 
     Everything raises `InvalidRequest` for a model without tokenizer, and for text that no
     tokenizer can read.
@@ -55,7 +56,12 @@ class Prompts:
     def __init__(self, model: Path) -> None:
         self._model = model
         self._tokenizer: Any = None
+        self._loading = Lock()
         self._threads = ThreadPoolExecutor(2, "r3serve-text")
+
+    def begin_loading(self) -> None:
+        """Load the tokenizer in the background; whether there is one is seen when it is needed."""
+        self._threads.submit(self._load)
 
     async def encode(self, text: str) -> list[int]:
         """Return a text's tokens, with those that the tokenizer begins a text with."""
@@ -86,17 +92,19 @@ class Prompts:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def _load(self) -> Any:
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
+        with self._loading:
+            if self._tokenizer is None:
+                from transformers import AutoTokenizer
 
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self._model, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise InvalidRequest(
-                    f"this model has no tokenizer, so only input_ids can be sent ({error})"
-                ) from None
-            self._tokenizer = tokenizer
-        return self._tokenizer
+                try:
+                    self._tokenizer = AutoTokenizer.from_pretrained(
+                        self._model, local_files_only=True
+                    )
+                except (OSError, ValueError) as error:
+                    raise InvalidRequest(
+                        f"this model has no tokenizer, so only input_ids can be sent ({error})"
+                    ) from None
+            return self._tokenizer
 
     def _encode(self, text: str, special: bool) -> list[int]:
         tokenizer = self._load()
