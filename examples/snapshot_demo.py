@@ -38,21 +38,23 @@ def record(model: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     state = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).state_dict()
     client = RoutedExpertsClient("rollout")
-    requests = [
-        GenerateRequest(
-            input_ids=tokenizer.encode(prompt)[:64],
-            max_new_tokens=NEW_TOKENS,
-            ignore_eos=True,
-            return_routed_experts=True,
-            seed=7,
-        )
-        for prompt in PROMPTS.read_text().splitlines()
-    ]
+    prompts = [tokenizer.encode(prompt)[:64] for prompt in PROMPTS.read_text().splitlines()]
     for version in range(VERSIONS):
         if version:
             state = moved(state, version)
             client.update_weights(state, version=version, mode="drain")
-        results = client.generate_batch(requests * GROUP)
+        requests = [
+            GenerateRequest(
+                input_ids=prompt,
+                max_new_tokens=NEW_TOKENS,
+                ignore_eos=True,
+                return_routed_experts=True,
+                seed=seed,
+            )
+            for seed in range(GROUP)
+            for prompt in prompts
+        ]
+        results = client.generate_batch(requests)
         tokens = sum(result.num_routed_tokens for result in results)
         print(f"version {version}: {len(results)} rollouts, {tokens:,} rows", flush=True)
     report = client.snapshot(out)
