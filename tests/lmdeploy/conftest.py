@@ -1,7 +1,9 @@
 """The real LMDeploy engine on a CPU. It patches torch in this process, so these tests run last."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs
 from serve_app.engines.base import Engine
 from serve_app.engines.loading import load_engine
-from tests.unit.engine_contract import MakeEngine
+from serve_app.types import GenerateRequest
+from tests.unit.engine_contract import MakeEngine, Sampled, mixed_requests, request, sample
 from tests.unit.test_transformers_engine import PlainModel
 
+FOUR_HUNDRED = [(13 * i) % 500 + 3 for i in range(400)]
 HERE = str(Path(__file__).parent)
 SMALL = {"eager_mode": True, "num_gpu_blocks": 400, "block_size": 16, "max_prefill_token_num": 512}
 
@@ -53,8 +57,45 @@ def plain(sparse: Path) -> PlainModel:
     return PlainModel(sparse, torch.float32)
 
 
+@dataclass(frozen=True)
+class Parity:
+    """Greedy requests on one checkpoint and what the Transformers engine made of them."""
+
+    path: Path
+    dtype: str
+    wanted: list[GenerateRequest]
+    rollouts: list[Sampled]
+
+
+async def _sample_all(engine: Engine, wanted: list[GenerateRequest]) -> list[Sampled]:
+    try:
+        return await asyncio.gather(*(sample(engine, one) for one in wanted))
+    finally:
+        await engine.stop()
+
+
+@pytest.fixture(scope="session")
+def parities(tmp_path_factory: pytest.TempPathFactory) -> list[Parity]:
+    """In float32 and in bfloat16, before torch is patched."""
+    found = []
+    for dtype, spread in (("float32", 0.09), ("bfloat16", 0.02)):
+        path = tmp_path_factory.mktemp(dtype)
+        write_checkpoint(
+            path, hidden=64, layers=3, experts=8, top_k=2, initializer_range=spread, context=512
+        )
+        wanted = mixed_requests(8) if dtype == "float32" else [request(input_ids=FOUR_HUNDRED)]
+        args = EngineArgs(model=str(path), dtype=dtype, enable_return_routed_experts=True)
+        rollouts = asyncio.run(_sample_transformers(args, wanted))
+        found.append(Parity(path, dtype, wanted, rollouts))
+    return found
+
+
+async def _sample_transformers(args: EngineArgs, wanted: list[GenerateRequest]) -> list[Sampled]:
+    return await _sample_all(load_engine(args), wanted)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cpu(plain: PlainModel) -> None:
+def cpu(plain: PlainModel, parities: list[Parity]) -> None:
     from tests.lmdeploy.cpu_backend import install
 
     install()

@@ -1,15 +1,25 @@
 """Run the real LMDeploy 0.18.0 PyTorch engine on a CPU, for tests.
 
-`install()` before `lmdeploy.pytorch.engine` is imported. Uniprocess executor, tensor parallel 1; not tried: weight
-transfer, tensor parallel > 1, CUDA graphs (use `eager_mode=True`). Set LMDEPLOY_SKIP_WARMUP=1 for a start of about 1 s.
-Everything above the operators is LMDeploy's own: scheduler, paged cache, prefix cache, chunked prefill, sampling,
-route capture, sessions, aborts. Only the operators that need CUDA are replaced, by plain torch.
+`install()` before `lmdeploy.pytorch.engine` is imported. Uniprocess executor, tensor parallel 1,
+`eager_mode=True`; LMDEPLOY_SKIP_WARMUP=1 gives a start of about 1 s. Everything above the
+operators is LMDeploy's own: scheduler, paged cache, prefix cache, chunked prefill, sampling, route
+capture, sessions, aborts. Only the operators that need CUDA are replaced, by plain torch.
+
+What they ignore: MLA, attention sinks and sliding windows, biases of experts, quantization. So
+GLM, Kimi-K2 and gpt-oss do not run here; their arrays are constructed in tests.
 """
 
 import contextlib
 import functools
 
 import torch
+
+FACTORIES = (
+    *("empty", "zeros", "ones", "full", "tensor", "arange", "randn", "rand", "randint"),
+    *("linspace", "eye", "asarray", "as_tensor", "scalar_tensor", "empty_strided"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "empty_permuted"),
+)
+METHODS = ("to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 
 
 def _cpu(x):
@@ -55,6 +65,11 @@ def _stream_context(stream):
     yield
 
 
+def _not_compiled(function=None, **options):
+    """Needs no C++ compiler, and no seconds of compiling."""
+    return function if function is not None else lambda function: function
+
+
 def _patch_torch():
     stream, cuda = _Stream(), torch.cuda
     cuda.Stream, cuda.Event, cuda.stream = _Stream, _Event, _stream_context
@@ -71,15 +86,13 @@ def _patch_torch():
     cuda.mem_get_info, cuda.get_device_name = (lambda *a: (2 << 30, 4 << 30)), (lambda *a: "cpu")
     cuda.get_rng_state, cuda.set_rng_state = (lambda *a: torch.get_rng_state()), (lambda *a: None)
     torch._C._cuda_clearCublasWorkspaces = lambda: None
-    for name in (
-        "empty zeros ones full tensor arange randn rand randint linspace eye asarray as_tensor scalar_tensor "
-        "empty_like zeros_like ones_like full_like empty_strided empty_permuted"
-    ).split():
+    for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    for name in "to new_empty new_zeros new_ones new_full new_tensor".split():
+    for name in METHODS:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
     torch.nn.Module.to = _on_cpu(torch.nn.Module.to)
     torch.Tensor.cuda = torch.nn.Module.cuda = torch.Tensor.pin_memory = lambda self, *a, **k: self
+    torch.compile = _not_compiled
     torch.Tensor.record_stream = lambda self, *a, **k: None
 
 
@@ -98,9 +111,10 @@ def _backend():
 
     class PagedAttention(AttentionImpl):
         def forward(self, q, k, v, k_cache, v_cache, attn_metadata, **unused):
-            """q, k, v: [tokens, heads, head_dim]; caches: [blocks, block_size, kv_heads, head_dim]."""
+            """q, k, v: [tokens, heads, head_dim]; caches: [blocks, block, kv_heads, head_dim]."""
             out, start, block_size = torch.empty_like(q), 0, k_cache.shape[1]
-            lengths = zip(attn_metadata.q_seqlens.tolist(), attn_metadata.kv_seqlens.tolist())
+            fresh, total = attn_metadata.q_seqlens.tolist(), attn_metadata.kv_seqlens.tolist()
+            lengths = zip(fresh, total, strict=True)
             for seq, (n_q, n_kv) in enumerate(lengths):
                 positions = torch.arange(n_kv)
                 block = attn_metadata.block_offsets[seq].long()[positions // block_size]
