@@ -677,7 +677,7 @@ class EngineContract:
             await sample(engine, request())
         assert await engine.abort() == 0
         assert asyncio.all_tasks() == tasks
-        assert set(threading.enumerate()) == threads
+        assert set(threading.enumerate()) <= threads
 
 
 def first_new_token(ids: list[int]) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from serve_app.engines.batch import PIECE
 from serve_app.engines.moe import find_moe_blocks
 from serve_app.engines.recording import ExpertRecorder
 from serve_app.engines.transformers import TransformersEngine
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, EngineUnavailable
 from tests.families import FAMILIES as ALL_FAMILIES
 from tests.families import UNRECORDABLE, VOCAB, tiny
 from tests.unit.engine_contract import (
@@ -167,11 +167,34 @@ SERVED = sorted(ALL_FAMILIES.keys() - REFUSED)
 
 @dataclass(frozen=True)
 class Served:
-    """One family's checkpoint, an engine on it, and the plain model beside it."""
+    """One family's checkpoint, an engine on it, and the plain model beside it.
+
+    ``spare`` has engines with other arguments that a test left as it found them.
+    """
 
     path: Path
     engine: TransformersEngine
     plain: PlainModel
+    spare: dict[str, Engine] = field(default_factory=dict)
+
+    def take(self, **overrides: Any) -> tuple[str, Engine]:
+        named = repr(sorted(overrides.items()))
+        return named, self.spare.pop(named, None) or load(self.path, **overrides)
+
+    async def give_back(self, named: str, engine: Engine) -> None:
+        try:
+            engine.check_health()
+        except EngineUnavailable:
+            return
+        await engine.abort()
+        if engine.sleep_level is None and engine.weight_version == 0:
+            self.spare[named] = engine
+        else:
+            await engine.stop()
+
+    async def stop(self) -> None:
+        for engine in (self.engine, *self.spare.values()):
+            await engine.stop()
 
 
 @pytest.fixture(scope="module", params=SERVED)
@@ -182,9 +205,9 @@ def family(
     length = "max_seq_len" if request.param == "dbrx" else "max_position_embeddings"
     tiny(request.param, vocab_size=260, **{length: 2048}).save_pretrained(path)
     write_tokenizer(path)
-    engine = load(path)
-    yield Served(path, engine, PlainModel(path, torch.float32))
-    asyncio.run(engine.stop())
+    served = Served(path, load(path), PlainModel(path, torch.float32))
+    yield served
+    asyncio.run(served.stop())
 
 
 class TestEveryFamily(EngineContract):
@@ -200,15 +223,15 @@ class TestEveryFamily(EngineContract):
 
     @pytest.fixture
     async def make_engine(self, family: Served) -> AsyncIterator[MakeEngine]:
-        made: list[Engine] = []
+        made: list[tuple[str, Engine]] = []
 
         def make(**overrides: Any) -> Engine:
-            made.append(load(family.path, **overrides))
-            return made[-1]
+            made.append(family.take(**overrides))
+            return made[-1][1]
 
         yield make
-        for engine in made:
-            await engine.stop()
+        for named, engine in made:
+            await family.give_back(named, engine)
 
 
 @pytest.mark.parametrize("family", REFUSED)
