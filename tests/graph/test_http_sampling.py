@@ -275,3 +275,16 @@ def test_a_wrong_method_is_a_status_that_clients_know(http: httpx.Client) -> Non
     for answer in (http.get("/generate"), http.delete("/health"), http.options("/generate")):
         assert answer.status_code == 404
         assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_session_is_aborted_by_its_id_and_has_one_request(http: httpx.Client) -> None:
+    body = {"input_ids": IDS, "max_tokens": 480, "ignore_eos": True, "session_id": 7}
+    with http.stream("POST", "/generate", json={**body, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert "already in use" in refusal(http, "/generate", body)
+        assert http.post("/abort_request", json={"session_id": 7}).status_code == 200
+        last = [line for line in lines if line][-2]
+    meta = json.loads(last.removeprefix("data: "))["meta_info"]
+    assert meta["finish_reason"] == {"type": "abort"}
+    assert post(http, "/generate", **{**body, "max_tokens": 1})["output_ids"]
