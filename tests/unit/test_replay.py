@@ -252,7 +252,8 @@ def _softmax(logits: torch.Tensor, ids: torch.Tensor, _: Any) -> torch.Tensor:
 
 def _softmax_normalised(logits: torch.Tensor, ids: torch.Tensor, router: Any) -> torch.Tensor:
     weights = _softmax(logits, ids, router)
-    return weights / weights.sum(-1, keepdim=True)
+    normalised: torch.Tensor = weights / weights.sum(-1, keepdim=True)
+    return normalised
 
 
 def _softmax_of_the_chosen(logits: torch.Tensor, ids: torch.Tensor, router: Any) -> torch.Tensor:
@@ -264,7 +265,8 @@ def _sigmoid_normalised_scaled(
 ) -> torch.Tensor:
     """Without the bias that the router chooses by."""
     weights = logits.sigmoid().gather(-1, ids)
-    return weights / weights.sum(-1, keepdim=True) * router.routed_scaling_factor
+    scaled: torch.Tensor = weights / weights.sum(-1, keepdim=True) * router.routed_scaling_factor
+    return scaled
 
 
 @pytest.mark.parametrize(
