@@ -27,6 +27,7 @@ class Producer:
         ]
         self._upstream = upstream
         self._store: ShardStore
+        self._keys: list[str] = []
 
     async def connect(self, app: str) -> None:
         me = ray.get_runtime_context().current_actor
@@ -42,14 +43,19 @@ class Producer:
         keys: list[str] = await asyncio.gather(*(put(record.ids) for record in self._records))
         return keys
 
-    async def round_trip(self) -> None:
-        """Put all records, read them back, and give them up (which upstream's reader does)."""
-        keys = await self.put()
-        found = await asyncio.to_thread(self._store.fetch, keys)
+    async def round_trip(self, release: bool) -> None:
+        """Put all records and read them back; release them, too, or leave that to `give_up`."""
+        self._keys = await self.put()
+        found = await asyncio.to_thread(self._store.fetch, self._keys)
         for record, segments in zip(self._records, found, strict=True):
             assert isinstance(segments, list)
             _check(record, segments[0].ids)
-        await asyncio.to_thread(self._store.release, keys)
+        if release:
+            await self.give_up()
+
+    async def give_up(self) -> None:
+        """Release what the last round trip put."""
+        await asyncio.to_thread(self._store.release, self._keys)
 
     async def round_trip_upstream(self) -> None:
         """Put all records and read them back."""
