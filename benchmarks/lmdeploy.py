@@ -36,6 +36,17 @@ TALKING = {"hidden": 128, "layers": 4, "experts": 16, "top_k": 4}
 WIDE = {"hidden": 16, "layers": 8, "experts": 512, "top_k": 256, "context": 4096}
 ROWS = 3072  # of 8 layers, 256 experts each, 2 bytes an id: 12 MiB
 TICK_S = 0.0005
+STORMY: dict[str, Any] = {
+    "backend": "lmdeploy",
+    "dtype": "float16",  # float32 where the CPU's operators are used
+    "engine_kwargs": {
+        "eager_mode": True,
+        "num_gpu_blocks": 300,  # few enough that rollouts lose theirs now and then
+        "block_size": 16,
+        "max_prefill_token_num": 256,
+        "enable_prefix_caching": True,
+    },
+}
 WAYS = ("array", "key", "theirs")
 
 

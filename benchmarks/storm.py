@@ -1,6 +1,6 @@
 """Random requests at an engine and its store: do all records have exactly their rows?
 
-    python -m benchmarks.storm [--requests 2000] [--seed 0]
+    python -m benchmarks.storm [--requests 2000] [--seed 0] [--backend lmdeploy]
 
 Lengths, stops, seeds, aborts, closed streams, groups, resumed rollouts and two weight updates.
 Every key is checked as it comes: rows, token hashes, ids in range, the version of each part. At
@@ -177,17 +177,19 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def storm(path: Path, requests: int, seed: int) -> dict[str, Any]:
+async def storm(path: Path, requests: int, seed: int, **engine_args: Any) -> dict[str, Any]:
     """Run it and return what was counted; raises AssertionError at the first wrong record."""
     begun = time.monotonic()
     write_checkpoint(path, hidden=32, layers=3, experts=EXPERTS, top_k=2)
-    args = EngineArgs(
-        model=str(path),
-        dtype="float32",
-        enable_return_routed_experts=True,
-        enable_transfer_obj_ref=True,
-        max_batch_size=16,
-    )
+    fields = {
+        "model": str(path),
+        "dtype": "float32",
+        "enable_return_routed_experts": True,
+        "enable_transfer_obj_ref": True,
+        "max_batch_size": 16,
+        **engine_args,
+    }
+    args = EngineArgs.model_validate(fields)
     engine = InferenceEngine(args, StoreArgs(backend="memory"), None)  # type: ignore[arg-type]
     store = shared("local", StoreArgs(backend="memory"))
     before = store.stats()  # in a test, other tests may have left something in this process
@@ -236,10 +238,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check random rollouts.")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", choices=["transformers", "lmdeploy"], default="transformers")
     options = parser.parse_args()
+    engine_args: dict[str, Any] = {}
+    if options.backend == "lmdeploy":
+        from benchmarks.lmdeploy import STORMY, without_cuda
+
+        without_cuda()
+        engine_args = STORMY
     with tempfile.TemporaryDirectory() as path:
-        found = asyncio.run(storm(Path(path), options.requests, options.seed))
-    print(json.dumps({"benchmark": "storm", **found}))
+        found = asyncio.run(storm(Path(path), options.requests, options.seed, **engine_args))
+    print(json.dumps({"benchmark": "storm", "backend": options.backend, **found}))
 
 
 if __name__ == "__main__":
