@@ -32,8 +32,8 @@ from serve_app.engines.loading import load_engine
 from serve_app.records import Ids
 from serve_app.types import GenerateRequest
 
-TALKING = {"hidden": 128, "layers": 4, "experts": 16, "top_k": 4}
-WIDE = {"hidden": 16, "layers": 8, "experts": 512, "top_k": 256, "context": 4096}
+TALKING: dict[str, Any] = {"hidden": 128, "layers": 4, "experts": 16, "top_k": 4}
+WIDE: dict[str, Any] = {"hidden": 16, "layers": 8, "experts": 512, "top_k": 256, "context": 4096}
 ROWS = 3072  # of 8 layers, 256 experts each, 2 bytes an id: 12 MiB
 TICK_S = 0.0005
 STORMY: dict[str, Any] = {

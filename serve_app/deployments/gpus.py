@@ -14,7 +14,7 @@ def check_gpus(args: EngineArgs) -> None:
     """
     if not ray.is_initialized() or not (needed := args.serve.gpus_per_replica):
         return
-    here = ray.cluster_resources().get("GPU", 0)
+    here: float = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     later = state.get_max_resources_from_cluster_config() or {}
     if max(here, later.get("GPU", 0)) < needed:
         raise RayServeException(

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from serve_app.engines.base import EngineChunk, ModelInfo
@@ -108,15 +108,15 @@ class Rollout:
         )
         self.done.set()
 
-    def record(self, rows: npt.NDArray[np.integer] | None, info: ModelInfo) -> Record | None:
+    def record(self, rows: npt.NDArray[Any], info: ModelInfo) -> Record | None:
         """Return P+G-1 rows for the G tokens that are returned, None where there are none.
 
         LMDeploy has one more for a stop token that is not returned, and several more where a
         stop string was found in text that it had already gone past. Copies them: not cheap.
         """
         tokens = [*self.request.input_ids, *self.output]
-        count = 0 if rows is None else min(len(rows), len(tokens) - 1)
-        if rows is None or count == 0:
+        count = min(len(rows), len(tokens) - 1)
+        if count == 0:
             return None
         return make_record(
             rows[:count],

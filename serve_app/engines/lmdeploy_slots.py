@@ -179,7 +179,7 @@ class Slots:
         """Make the record, which copies and checks all rows, and send the last chunk."""
         record: Record | None = None
         try:
-            if rows is not None and self.records(rollout):
+            if rows is not None and self._info is not None and self.records(rollout):
                 array = await self._take_array(rows)
                 work = asyncio.get_running_loop().run_in_executor
                 record = await work(self._threads, rollout.record, array, self._info)

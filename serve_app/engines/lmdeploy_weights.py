@@ -45,7 +45,7 @@ class ModelWeights:
 
     def buckets(self, state: State) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """Yield checked weights in the checkpoint's names, those of one layer together."""
-        convert = self._model is not None and state.keys() != self._files.keys()
+        model = None if state.keys() == self._files.keys() else self._model
 
         def layer(name: str) -> int:
             found = _LAYER.search(name)
@@ -53,8 +53,8 @@ class ModelWeights:
 
         for _, names in itertools.groupby(sorted(state, key=layer), layer):
             bucket = {name: state[name] for name in names}
-            if convert:
-                bucket = revert_weight_conversion(self._model, bucket)
+            if model is not None:
+                bucket = revert_weight_conversion(model, bucket)
             yield list(bucket.items())
 
     def stored(self) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -9,6 +9,9 @@ What they ignore: MLA, attention sinks and sliding windows, biases of experts, q
 GLM, Kimi-K2 and gpt-oss do not run here; their arrays are constructed in tests.
 """
 
+# mypy: ignore-errors
+# (It replaces typed parts of torch by others, and subclasses untyped ones.)
+
 import contextlib
 import functools
 

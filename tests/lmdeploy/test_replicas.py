@@ -1,0 +1,136 @@
+"""LMDeploy replicas in a served graph: both ways of the routes, and a replica that is killed."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray import serve
+
+from serve_app import RoutedExpertsClient
+from serve_app.config import RolloutArgs
+from serve_app.errors import EngineUnavailable
+from serve_app.records import Record, hash_tokens
+from serve_app.store.directory import list_actors
+from serve_app.types import GenerateRequest, GenerateResult
+from tests.lmdeploy.conftest import SMALL
+from tests.lmdeploy.replicas import build
+from tests.unit.engine_contract import first_new_token, mixed_requests
+
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(
+            address="local",
+            num_cpus=6,
+            object_store_memory=200 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"PYTHONPATH": ROOT, "LMDEPLOY_SKIP_WARMUP": "1"}},
+        )
+    yield
+    serve.shutdown()  # type: ignore[no-untyped-call]
+    if ours:
+        ray.shutdown()
+
+
+def served(name: str, model: Path, replicas: int = 1, **kwargs: Any) -> RoutedExpertsClient:
+    args = {
+        "engine": {
+            "backend": "lmdeploy",
+            "model": str(model),
+            "dtype": "float16",
+            "max_batch_size": 8,
+            "enable_return_routed_experts": True,
+            "enable_transfer_obj_ref": True,
+            "engine_kwargs": {**SMALL, **kwargs},
+            "serve": {"min_replicas": replicas, "max_replicas": replicas, "num_cpus": 0.1},
+        },
+        "store": {"compat_actors": ["lmdeploy"] if kwargs else []},
+        "decoder": {"serve": {"num_cpus": 0.1}},
+    }
+    serve.run(build(RolloutArgs.model_validate(args)), name=name, route_prefix=f"/{name}")
+    return RoutedExpertsClient(name)
+
+
+def remove(name: str) -> None:
+    serve.delete(name)
+    for actor in list_actors(name):
+        ray.kill(actor)
+
+
+def wanted() -> list[GenerateRequest]:
+    return [
+        one.model_copy(update={"request_id": f"w{i}"}) for i, one in enumerate(mixed_requests(8))
+    ]
+
+
+def record_of(client: RoutedExpertsClient, result: GenerateResult) -> Record:
+    assert isinstance(result.routed_experts, str), result.routed_experts_error
+    return client.get(result.routed_experts)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_both_transfers_give_the_same_records(sparse: Path) -> None:
+    found: list[list[tuple[GenerateResult, Record]]] = []
+    kinds: dict[str, dict[str, Any]] = {"ours": {}, "theirs": {"transfer": "lmdeploy"}}
+    for name, kwargs in kinds.items():
+        client = served(name, sparse, **kwargs)
+        plain = client.generate_batch(wanted())
+        stop, _ = first_new_token(plain[-1].output_ids)
+        stripped = wanted()[-1].model_copy(
+            update={"stop_token_ids": (stop,), "include_stop_token": False}
+        )
+        results = [*plain, client.generate(stripped)]
+        assert results[-1].finish_reason == "stop"
+        found.append([(result, record_of(client, result)) for result in results])
+        keys = [str(result.routed_experts) for result in results]
+        assert client.release(keys) == len(keys)
+        assert client.stats().live_keys == 0
+        remove(name)
+    prompts = [*(one.input_ids for one in wanted()), wanted()[-1].input_ids]
+    for prompt, (ours, record), (theirs, other) in zip(prompts, *found, strict=True):
+        assert ours.output_ids == theirs.output_ids
+        assert record.meta == other.meta
+        np.testing.assert_array_equal(record.ids, other.ids)
+        rows = len(prompt) + len(ours.output_ids) - 1
+        assert record.meta.token_hash == hash_tokens([*prompt, *ours.output_ids][:rows])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_killed_under_load_loses_no_key(sparse: Path) -> None:
+    client = served("killed", sparse, replicas=2)
+    before = client.generate_batch(wanted())
+    records = [record_of(client, result) for result in before]
+    long = [one.model_copy(update={"max_new_tokens": 600}) for one in wanted()]
+    with ThreadPoolExecutor(8) as threads:
+        running = [threads.submit(client.generate, one) for one in long]
+        replica = next(iter(client.stream(wanted()[0].model_copy(update={"request_id": "s"}))))
+        assert replica.output_ids
+        victims = [
+            actor
+            for actor in ray.util.list_named_actors(all_namespaces=True)
+            if "SERVE_REPLICA::killed#engine" in actor["name"]
+        ]
+        assert len(victims) == 2
+        ray.kill(ray.get_actor(victims[0]["name"], namespace=victims[0]["namespace"]))
+        ends = [future.exception(timeout=120) or future.result() for future in running]
+    assert {type(end) for end in ends} <= {GenerateResult, EngineUnavailable}
+    for result, record in zip(before, records, strict=True):
+        np.testing.assert_array_equal(record_of(client, result).ids, record.ids)
+    for end in ends:
+        if isinstance(end, GenerateResult):
+            record_of(client, end)
+    again = client.generate_batch(wanted())
+    for result, record in zip(again, records, strict=True):
+        np.testing.assert_array_equal(record_of(client, result).ids, record.ids)
+    remove("killed")
