@@ -5,6 +5,7 @@ from pathlib import Path
 from serve_app.records import Record
 from serve_app.store.client import ShardStore
 from serve_app.store.snapshot import (
+    PAGE_RECORDS,
     Entry,
     Progress,
     SavedPage,
@@ -41,10 +42,18 @@ def restore(store: ShardStore, path: Path, progress: Progress | None = None) -> 
     A torn or altered file is refused, by name, and the others restored. Leases begin anew.
     """
     records, nbytes, refused, ancestors = 0, 0, list[str](), list[str]()
+    adopted: dict[bytes, dict[str, str]] = {}
+
+    def adopt() -> None:
+        while adopted:
+            store.adopt(*adopted.popitem())
 
     def put(page: SavedPage, entry: Entry, record: Record, parent: str | None) -> str:
         new_key = store.put(record, tag=entry.tag, lease_s=entry.lease_s, parent=parent)
-        store.adopt(entry.key, new_key, page.secret)
+        of_secret = adopted.setdefault(page.secret, {})
+        of_secret[entry.key] = new_key
+        if len(of_secret) >= PAGE_RECORDS:
+            adopt()
         return new_key
 
     for outcome in restore_pages(path, store.app, put):
@@ -57,5 +66,6 @@ def restore(store: ShardStore, path: Path, progress: Progress | None = None) -> 
             ancestors.append(new_key)
         if progress:
             progress(records, records)
+    adopt()
     store.release(ancestors)
     return SnapshotReport(records, nbytes, tuple(refused))

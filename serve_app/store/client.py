@@ -1,7 +1,7 @@
 """Puts and gets: the way from any process to the shards, one batched call a shard."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,11 +180,11 @@ class ShardStore:
                     yield page.entries, arrays
                 first = page.next
 
-    def adopt(self, old_key: str, new_key: str, secret: bytes) -> None:
-        """Let a record that was put here again answer to its old key."""
-        old = parse(old_key, self.app)
-        self._answer(self._shard_here().adopt.remote(old_key, new_key, secret))
-        self._answer(find_directory(self.app).adopt.remote(old.epoch, this_node(), secret))
+    def adopt(self, secret: bytes, new_keys: Mapping[str, str]) -> None:
+        """Let records that were put here again answer to their old keys, signed by ``secret``."""
+        epochs = sorted({parse(old_key, self.app).epoch for old_key in new_keys})
+        self._answer(self._shard_here().adopt.remote(secret, dict(new_keys)))
+        self._answer(find_directory(self.app).adopt.remote(secret, epochs, this_node()))
 
     def is_local(self, key: str) -> bool:
         """See `RecordStore`: on this process's node."""

@@ -25,6 +25,7 @@ NAMESPACE = "r3serve"
 COMPAT_NAME = "shared_store"
 COMPAT_NAMESPACES: tuple[CompatNamespace, ...] = get_args(CompatNamespace)
 _COMPAT_TIMEOUT_S = 5.0
+_RECALL_S = 2.0
 _DIRECTORY = "directory"
 _SHARD_ID = re.compile("[0-9a-f]{10}")
 
@@ -38,13 +39,19 @@ class Settings:
 
 
 class Directory:
-    """Holds the application's secret and settings; runs as a small detached actor."""
+    """Holds the application's secret and settings; runs as a small detached actor.
+
+    Its process may begin anew: it has the secret from its arguments, and the shards know which
+    epochs they took over.
+    """
 
     def __init__(self, app: str, secret: bytes, args: StoreArgs) -> None:
         self._app = app
         self._settings = Settings(secret, args)
         self._secrets = [secret]
         self._moved: dict[int, str] = {}
+        # Asked when there is a question: a shard may not be up yet.
+        self._forgot = ray.get_runtime_context().was_current_actor_reconstructed
 
     def settings(self) -> Settings:
         """Return the secret and the newest arguments."""
@@ -54,18 +61,20 @@ class Directory:
         """Take the arguments of a new deployment."""
         self._settings = Settings(self._settings.secret, args)
 
-    def adopt(self, epoch: int, shard: str, secret: bytes) -> None:
-        """Remember that a shard answers for the restored records of an earlier epoch."""
-        self._moved[epoch] = shard
+    def adopt(self, secret: bytes, epochs: Sequence[int], shard: str) -> None:
+        """Remember that a shard answers for the restored records of earlier epochs."""
+        self._moved.update(dict.fromkeys(epochs, shard))
         if secret not in self._secrets:
             self._secrets.append(secret)
 
     def moved(self, epochs: Sequence[int]) -> dict[int, str]:
         """Return the shards that took over those of the epochs that were restored."""
+        self._recall()
         return {epoch: self._moved[epoch] for epoch in epochs if epoch in self._moved}
 
     def explain(self, keys: Sequence[str]) -> list[KeyUnreadable]:
         """Say of keys whose shard is gone whether they were ever real."""
+        self._recall()
         reasons: list[KeyUnreadable] = []
         for key in keys:
             try:
@@ -75,6 +84,26 @@ class Directory:
             else:
                 reasons.append(RoutesLost("the shard that held the bytes is gone"))
         return reasons
+
+    def _recall(self) -> None:
+        """Ask the shards what they took over, where this process cannot know."""
+        if not self._forgot:
+            return
+        shards = {shard: find_shard(self._app, shard) for shard in list_shards(self._app)}
+        asked: dict[Any, str] = {
+            actor.adopted.remote(): shard for shard, actor in shards.items() if actor
+        }
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_RECALL_S)
+        answered = not late
+        for ref in ready:
+            try:
+                adopted: dict[int, bytes] = ray.get(ref)
+            except ray.exceptions.RayError:
+                answered = False
+                continue
+            for epoch, secret in adopted.items():
+                self.adopt(secret, [epoch], asked[ref])
+        self._forgot = not answered
 
 
 def shard_name(app: str, shard: str) -> str:

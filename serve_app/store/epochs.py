@@ -12,13 +12,17 @@ from serve_app.store.keys import Key, verify
 
 
 class Epochs:
-    """Turns keys into sequence numbers and back."""
+    """Turns keys into sequence numbers and back.
+
+    ``adopted`` has the epochs taken over, and the secrets that signed their keys.
+    """
 
     def __init__(self, app: str, shard: str, secret: bytes) -> None:
         self.app = app
         self.shard = shard
         self.own = secrets.randbits(63)
         self._secrets = [secret]
+        self.adopted: dict[int, bytes] = {}
         self._adopted: dict[int, dict[int, int]] = {}
 
     def sign(self, seq: int) -> str:
@@ -29,6 +33,7 @@ class Epochs:
         """Answer for a restored record's old key too."""
         if secret not in self._secrets:
             self._secrets.append(secret)
+        self.adopted[key.epoch] = secret
         self._adopted.setdefault(key.epoch, {})[key.seq] = seq
 
     def find(self, text: str) -> int:

@@ -7,7 +7,7 @@ the end of a lease. Constructor arguments survive a restart of the process, its 
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,10 +174,15 @@ class Shard:
             collected.add([(meta, payload)])
         return Page(entries, more), collected.answer()
 
-    async def adopt(self, old_key: str, new_key: str, secret: bytes) -> None:
-        """Let a restored record answer to the key that it had when it was saved."""
-        old = verify(old_key, self._epochs.app, secret)
-        self._epochs.adopt(old, secret, self._epochs.find(new_key))
+    async def adopt(self, secret: bytes, new_keys: Mapping[str, str]) -> None:
+        """Let restored records answer to the keys that they had when they were saved."""
+        for old_key, new_key in new_keys.items():
+            old = verify(old_key, self._epochs.app, secret)
+            self._epochs.adopt(old, secret, self._epochs.find(new_key))
+
+    async def adopted(self) -> dict[int, bytes]:
+        """Return the epochs that this process took over, and what signed their keys."""
+        return self._epochs.adopted
 
     async def release(self, keys: Sequence[str], tag: str | None) -> int:
         """End keys, or all under a tag; idempotent."""

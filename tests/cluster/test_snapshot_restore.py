@@ -1,5 +1,7 @@
 """Snapshot, destruction and restore of a real store: the same keys read the same bytes."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from typer.testing import CliRunner
 from serve_app.cli import main
 from serve_app.errors import KeyReleased, RoutesLost, UnknownKey
 from serve_app.store.archive import restore, save
-from serve_app.store.directory import list_actors, list_shards
-from tests.cluster.test_shard_store import EngineLike, start
+from serve_app.store.client import connect
+from serve_app.store.directory import find_directory, list_actors, list_shards
+from tests.cluster.test_shard_store import EngineLike, pid_of, start
 from tests.store_contract import LARGE, SMALL, SMALL_LIKE, MakeStore, read, record
 
 APP = "saved"
@@ -78,6 +81,24 @@ def test_another_process_finds_what_was_restored(make_store: MakeStore, tmp_path
     assert other.release([remote]) == 1
     with pytest.raises(KeyReleased):
         read(other, remote)
+
+
+def test_restored_keys_read_after_the_directory_began_anew(
+    make_store: MakeStore, tmp_path: Path
+) -> None:
+    store, expected, _ = filled(make_store)
+    save(store, tmp_path / "snap")
+    destroy()
+    restored: Any = make_store(app=APP)
+    restore(restored, tmp_path / "snap")
+    directory = find_directory(APP)
+    before: Any = ray.get(directory.settings.remote(), timeout=30)
+    os.kill(pid_of(directory), signal.SIGKILL)
+    fresh: Any = connect(APP, timeout_s=60)
+    assert ray.get(directory.settings.remote(), timeout=60) == before
+    check(fresh, expected)
+    with pytest.raises(UnknownKey):
+        read(fresh, next(iter(expected))[:-8] + "madeitup")
 
 
 def test_a_tag_is_saved_with_what_it_needs(make_store: MakeStore, tmp_path: Path) -> None:
