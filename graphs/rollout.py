@@ -6,6 +6,7 @@ from ray import serve
 from ray.serve import Application
 
 from serve_app.config import RolloutArgs, read_args
+from serve_app.deployments.affinity import by_session
 from serve_app.deployments.decoder import ExpertDecoder
 from serve_app.deployments.engine import InferenceEngine
 from serve_app.deployments.gpus import check_gpus
@@ -20,7 +21,9 @@ def build(args: RolloutArgs) -> Application:
     """Compose the application that `serve run graphs/rollout.yaml` serves."""
     check_gpus(args.engine)
     store = serve.deployment(name=STORE, **args.store.serve.deployment())(ExpertStore)
-    engine = serve.deployment(name=ENGINE, **args.engine.serve.deployment())(InferenceEngine)
+    engine = serve.deployment(
+        name=ENGINE, request_router_config=by_session(), **args.engine.serve.deployment()
+    )(InferenceEngine)
     decoder = serve.deployment(
         name=DECODER,
         request_router_config=near_bytes(args.decoder),

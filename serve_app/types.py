@@ -30,7 +30,8 @@ class GenerateRequest(BaseModel):
 
     ``continue_from`` is the key of routes that cover the beginning of ``input_ids``: the new
     key reads as the whole sequence, and rows that were covered stay as they were captured.
-    ``lease_s=None`` takes the store's default.
+    ``lease_s=None`` takes the store's default. Requests of one ``session`` go to the same engine
+    replica while it has room, where a prefix cache has what they begin with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +59,7 @@ class GenerateRequest(BaseModel):
     continue_from: str | None = None
     tag: str | None = None
     lease_s: Annotated[float, Field(gt=0)] | None = None
+    session: str | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

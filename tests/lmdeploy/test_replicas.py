@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from serve_app import RoutedExpertsClient
-from serve_app.config import RolloutArgs
+from serve_app.config import EngineArgs, RolloutArgs
+from serve_app.deployments.affinity import home_of, session_of
+from serve_app.deployments.gpus import check_gpus
 from serve_app.errors import EngineUnavailable
 from serve_app.records import Record, hash_tokens
+from serve_app.served import ENGINE, ServedGraph
 from serve_app.store.directory import list_actors
 from serve_app.types import GenerateRequest, GenerateResult
 from tests.lmdeploy.conftest import SMALL
@@ -62,6 +66,44 @@ def served(name: str, model: Path, replicas: int = 1, **kwargs: Any) -> RoutedEx
     return RoutedExpertsClient(name)
 
 
+@pytest.mark.usefixtures("cluster")
+def test_a_session_stays_with_its_prefix_cache(sparse: Path) -> None:
+    client = served("talks", sparse, replicas=2, enable_prefix_caching=True)
+    for talk in range(4):
+        tokens = [3 + talk, *range(10, 50)]
+        for turn in range(4):
+            result = client.generate(
+                GenerateRequest(
+                    request_id=f"{talk}-{turn}",
+                    input_ids=tokens,
+                    session=f"talk {talk}",
+                    max_new_tokens=24,
+                    temperature=0,
+                    ignore_eos=True,
+                    return_routed_experts=True,
+                )
+            )
+            assert result.num_routed_tokens == len(tokens) + 23
+            tokens = [*tokens, *result.output_ids, 7, 8]
+    hits = ServedGraph("talks", None, 30).broadcast("prefix_hits")
+    # Three later turns of each talk find all whole blocks of the turn before.
+    assert sum(hits) >= 4 * (48 + 80 + 96)
+    remove("talks")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_without_gpus_building_the_graph_ends_in_a_sentence(sparse: Path) -> None:
+    asking = {"backend": "lmdeploy", "model": str(sparse), "serve": {"num_gpus": 1}}
+    with pytest.raises(RayServeException, match="asks for 1 GPU a replica and this cluster has 0"):
+        check_gpus(EngineArgs.model_validate(asking))
+    bundles = [{"CPU": 1}, {"GPU": 1}, {"GPU": 1}]
+    asking["serve"] = {"placement_group_bundles": bundles}
+    with pytest.raises(RayServeException, match="asks for 2 GPU a replica"):
+        check_gpus(EngineArgs.model_validate(asking))
+    asking["serve"] = {}
+    check_gpus(EngineArgs.model_validate(asking))
+
+
 def remove(name: str) -> None:
     serve.delete(name)
     for actor in list_actors(name):
@@ -77,6 +119,19 @@ def wanted() -> list[GenerateRequest]:
 def record_of(client: RoutedExpertsClient, result: GenerateResult) -> Record:
     assert isinstance(result.routed_experts, str), result.routed_experts_error
     return client.get(result.routed_experts)
+
+
+def test_a_session_has_one_home_and_few_move() -> None:
+    names = [f"replica {n}" for n in range(5)]
+    talks = [f"talk {n}" for n in range(200)]
+    homes = {talk: home_of(talk, names) for talk in talks}
+    assert set(homes.values()) == set(names)
+    moved = [talk for talk in talks if home_of(talk, names[1:]) != homes[talk]]
+    assert {homes[talk] for talk in moved} == {names[0]}
+    request = GenerateRequest(input_ids=[1])
+    assert session_of([request]) is None
+    assert session_of([request.model_copy(update={"session": "a"}), 3]) == "a"
+    assert session_of([request.model_copy(update={"request_id": "session-4"})]) == "session-4"
 
 
 @pytest.mark.usefixtures("cluster")
@@ -119,7 +174,7 @@ def test_a_replica_killed_under_load_loses_no_key(sparse: Path) -> None:
         victims = [
             actor
             for actor in ray.util.list_named_actors(all_namespaces=True)
-            if "SERVE_REPLICA::killed#engine" in actor["name"]
+            if f"SERVE_REPLICA::killed#{ENGINE}" in actor["name"]
         ]
         assert len(victims) == 2
         ray.kill(ray.get_actor(victims[0]["name"], namespace=victims[0]["namespace"]))
