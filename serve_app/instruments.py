@@ -7,7 +7,7 @@ name with the prefix ``ray_``.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ray.serve import metrics
 
@@ -53,8 +53,9 @@ class Instruments:
 
 
 def _make(name: str, instrument: Instrument) -> metrics.Counter | metrics.Gauge | metrics.Histogram:
+    labels: Any = instrument.labels  # Serve's annotation allows for exactly one
     if instrument.kind == "counter":
-        return metrics.Counter(name, instrument.says, instrument.labels)
+        return metrics.Counter(name, instrument.says, labels)
     if instrument.kind == "gauge":
-        return metrics.Gauge(name, instrument.says, instrument.labels)
-    return metrics.Histogram(name, instrument.says, list(SECONDS), instrument.labels)
+        return metrics.Gauge(name, instrument.says, labels)
+    return metrics.Histogram(name, instrument.says, list(SECONDS), labels)
