@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lmdeploy import PytorchEngineConfig
 
 LMDEPLOY = "0.18.0"
+RAY_WITHOUT_FREE = (2, 59)
 
 # Set by fields of `EngineArgs`, or decided by this adapter.
 OURS = {
@@ -79,11 +80,19 @@ def check_installed() -> None:
 def check_machine(config: "PytorchEngineConfig") -> None:
     """Raise ValueError where there is no GPU; LMDeploy itself would end the process.
 
-    The workers of a Ray executor have GPUs, this process needs none.
+    The workers of a Ray executor have GPUs, this process needs none; but it needs a Ray that
+    still has ``ray.internal.free``.
     """
     import torch
 
-    if config.distributed_executor_backend == "uni" and not torch.cuda.device_count():
+    if config.distributed_executor_backend == "ray":
+        ray = version("ray")
+        if tuple(map(int, ray.split(".")[:2])) >= RAY_WITHOUT_FREE:
+            raise ValueError(
+                "LMDeploy 0.18's Ray executor calls ray.internal.free, which Ray 2.59 removed:"
+                f" expected ray<2.59 for tp > 1, found {ray}"
+            )
+    elif not torch.cuda.device_count():
         raise ValueError(
             "backend 'lmdeploy' needs a CUDA GPU and this process sees none: give its replicas"
             " engine.serve.num_gpus 1 on a node that has one, or use backend 'transformers'"

@@ -5,6 +5,7 @@ could not be told apart from what runs. A slot is free before its rollout's reco
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Executor
@@ -21,6 +22,8 @@ from serve_app.engines.lmdeploy_sampling import generation_config
 from serve_app.errors import EngineOverloaded, InvalidRequest, R3Error
 from serve_app.records import Record
 from serve_app.types import FinishReason
+
+logger = logging.getLogger(__name__)
 
 TakeArray = Callable[[Any], Awaitable[Any]]
 
@@ -172,8 +175,19 @@ class Slots:
                 elif rollout.ending is not None and not cancelled:
                     cancelled = True  # its rows come with the last output
                     await self._backend.cancel(session)
-        self.recomputed += self._backend.recomputed(session) > 0
+        if self._backend.recomputed(session):
+            self._note_recomputed()
         return rows
+
+    def _note_recomputed(self) -> None:
+        """Count a rollout that lost its blocks, and say so at 1, 2, 4, 8, ... of them."""
+        self.recomputed += 1
+        if self.recomputed & (self.recomputed - 1) == 0:
+            logger.warning(
+                "rollouts that ran out of cache blocks and were processed again: %d. Their records"
+                " are exact, their time was lost: fewer at once, or more memory for the cache",
+                self.recomputed,
+            )
 
     async def _finish(self, rollout: Rollout, rows: Any) -> None:
         """Make the record, which copies and checks all rows, and send the last chunk."""
