@@ -221,6 +221,7 @@ def measure(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the Transformers engine.")
+    parser.add_argument("--backend", choices=["transformers", "lmdeploy"], default="transformers")
     parser.add_argument("--models", default="small,large", help="some of small, large")
     parser.add_argument("--repeat", type=int, help="rounds; default 7, quick 2")
     parser.add_argument("--new", type=int, default=32, help="tokens a rollout")
@@ -230,6 +231,14 @@ def main() -> None:
     options.repeat = options.repeat or (2 if options.quick else 7)
     with tempfile.TemporaryDirectory() as path, own_ray(object_store_bytes=1 << 30):
         open_directory(LOCAL_APP, STORE, STORE.call_timeout_s)
+        if options.backend == "lmdeploy":
+            from benchmarks.lmdeploy import measure_lmdeploy
+
+            for line in measure_lmdeploy(Path(path), options):
+                about = {"benchmark": "engine", "backend": "lmdeploy", **line}
+                about |= {"repeat": options.repeat, "machine": describe(), "versions": versions()}
+                print(json.dumps(about), flush=True)
+            return
         for name in options.models.split(","):
             for line in measure(name, Path(path), options):
                 about = {"benchmark": "engine", "model": name, **MODELS[name], **line}
