@@ -183,6 +183,9 @@ async def memory(app: str, url: str, args: argparse.Namespace, *, fast: bool) ->
             "middle_third_mib": round(then, 1),
             "last_third_mib": round(end, 1),
             "growth": round(end / then - 1, 4) if then else 0.0,
+            "series_mib": [
+                round(sample[kind]) for _, sample in samples[:: len(samples) // 20 or 1]
+            ],
         }
     return {
         "minutes": round((time.monotonic() - begun) / 60, 2),
