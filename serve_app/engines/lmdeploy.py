@@ -54,6 +54,7 @@ class LmdeployEngine:
         self._args = args
         self._options = options
         self._take_rows = take_rows
+        self._prefixes = config.enable_prefix_caching
         self._weights = ModelWeights(Path(args.model))
         self._backend = Backend(args.model, config)
         longest = min(model.info.context_length, self._backend.context_length)
@@ -117,7 +118,8 @@ class LmdeployEngine:
     ) -> AsyncGenerator[tuple[int, EngineChunk], None]:
         """Sample ``n`` rollouts of one prompt; see `Engine`. Raises when the iteration begins.
 
-        LMDeploy processes the prompt for each of them, but for what its prefix cache has.
+        With a prefix cache the others wait for the first one's prompt, and share its blocks;
+        without one LMDeploy processes the prompt for each of them.
         """
         most = self._args.max_batch_size + self._args.max_waiting
         if not 1 <= n <= most:
@@ -201,6 +203,9 @@ class LmdeployEngine:
         self._check_serving()
         filled = asyncio.Event()
         rollouts = [self._rules.rollout(one, ChunkStream(filled), group) for one in requests]
+        if self._prefixes:
+            for member in rollouts[1:]:
+                member.leader = rollouts[0]
         self._slots.submit(rollouts)
         self._start()
         live = dict(enumerate(rollouts))

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from serve_app.engines.base import ModelInfo
 from serve_app.engines.detokenizer import Decode
 from serve_app.engines.lmdeploy_rollout import Rollout
-from serve_app.engines.lmdeploy_sampling import MOST_TEMPERATURE
 from serve_app.engines.stream import ChunkStream
 from serve_app.errors import InvalidRequest
 from serve_app.types import GenerateRequest
@@ -43,11 +42,6 @@ class RequestRules:
         if request.seed is not None and request.seed not in SEED_RANGE:
             raise InvalidRequest(
                 f"expected a seed in [{SEED_RANGE.start}, {SEED_RANGE.stop}), got {request.seed}"
-            )
-        if request.temperature > MOST_TEMPERATURE:
-            raise InvalidRequest(
-                f"LMDeploy expects a temperature up to {MOST_TEMPERATURE:g},"
-                f" got {request.temperature:g}"
             )
 
     def rollout(self, request: GenerateRequest, stream: ChunkStream, group: str | None) -> Rollout:

@@ -25,7 +25,10 @@ class Ending:
 
 
 class Rollout:
-    """Tokens, text and stop rules of one request. All of it runs on the engine's loop."""
+    """Tokens, text and stop rules of one request. All of it runs on the engine's loop.
+
+    ``leader`` is a rollout of the same prompt: once it has begun the prefix cache has it.
+    """
 
     def __init__(
         self,
@@ -46,14 +49,17 @@ class Rollout:
         self.session_id: int | None = None
         self.output: list[int] = []
         self.ending: Ending | None = None
-        self.aborted = False
+        self.aborted = asyncio.Event()
+        self.begun = asyncio.Event()  # its prompt was processed, or never will be
         self.done = asyncio.Event()
+        self.leader: Rollout | None = None
         self._text = None if decode is None else Detokenizer(decode)
         self._stops = StopStrings(request.stop)
         self._pending = EngineChunk([], [], "")
 
     def take(self, token_ids: list[int], logprobs: list[float]) -> None:
         """Add what was sampled; what came after the end is not part of the rollout."""
+        self.begun.set()
         if self.ending is not None:
             return
         tokens: list[int] = []
@@ -94,6 +100,7 @@ class Rollout:
     def close(self, record: Record | None) -> None:
         """Send the last chunk."""
         assert self.ending is not None
+        self.begun.set()
         pending, ending = self._pending, self.ending
         self.stream.put(
             EngineChunk(

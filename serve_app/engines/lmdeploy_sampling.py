@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import torch
     from lmdeploy import GenerationConfig
 
-MOST_TEMPERATURE = 2.0
-
 
 def generation_config(
     request: GenerateRequest,
@@ -32,11 +30,10 @@ def generation_config(
     from lmdeploy import GenerationConfig
 
     greedy = request.temperature == 0
-    return GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min(request.min_new_tokens, max_new_tokens),
         do_sample=True,
-        temperature=1.0 if greedy else request.temperature,
         top_k=1 if greedy else request.top_k,
         top_p=1.0 if greedy else request.top_p,
         min_p=0.0 if greedy else request.min_p,
@@ -46,6 +43,9 @@ def generation_config(
         logits_processors=_processors(request, padding),
         return_routed_experts=routes,
     )
+    # Its constructor takes 2 at most, its engine any.
+    config.temperature = 1.0 if greedy else request.temperature
+    return config
 
 
 def _processors(request: GenerateRequest, padding: int) -> "list[LogitRules] | None":

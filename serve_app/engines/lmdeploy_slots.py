@@ -153,7 +153,9 @@ class Slots:
         await self._finish(rollout, rows)
 
     async def _run(self, rollout: Rollout) -> Any:
-        if rollout.aborted:
+        if rollout.leader is not None:
+            await _first_of(rollout.leader.begun, rollout.aborted)
+        if rollout.aborted.is_set():
             rollout.end("abort")
             return None
         config = generation_config(
@@ -207,7 +209,7 @@ class Slots:
         rollout.close(record)
 
     async def _cancel(self, rollout: Rollout) -> None:
-        rollout.aborted = True
+        rollout.aborted.set()
         if rollout in self._running:
             if rollout.session_id is not None:
                 await self._backend.cancel(rollout.session_id)
@@ -215,6 +217,16 @@ class Slots:
             self._queue.remove(rollout)
             rollout.end("abort")
             await self._finish(rollout, None)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Wait for any of some events."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 def _ending(status: ResponseType) -> tuple[FinishReason, str | None]:
