@@ -52,7 +52,7 @@ def drift_picture(loads: ExpertLoads, file: Path) -> None:
     mean.set_xlim(-0.5, len(steps) - 0.5)
     mean.set_xticks([])
     mean.set_ylabel("moved share")
-    mean.set_title("Choices that moved to other experts, by weight update", loc="left")
+    mean.set_title("Load that moved to other experts, by weight update", loc="left")
     image = heat.imshow(distances, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     heat.set_ylabel("layer")
     heat.set_xlabel("weight versions")
