@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import (  # type: ignore[attr-defined]  # Ray names no exports there
+    PendingRequest,
+    RequestRouter,
+    RunningReplica,
+)
 
 from serve_app.types import GenerateRequest
 
@@ -15,7 +19,7 @@ _IDLE_S = 0.05
 
 def by_session() -> RequestRouterConfig:
     """Return the ``request_router_config`` of the engine deployment."""
-    return RequestRouterConfig(request_router_class=SessionRouter)
+    return RequestRouterConfig.model_validate({"request_router_class": SessionRouter})
 
 
 def session_of(args: Sequence[object]) -> str | None:

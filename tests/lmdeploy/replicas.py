@@ -1,4 +1,4 @@
-"""The rollout graph with LMDeploy on a CPU: its replicas patch torch, nothing else does."""
+"""LMDeploy replicas and a store, served without CUDA: only the replicas patch torch."""
 
 from typing import Any
 
@@ -6,14 +6,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.config import EngineArgs, RolloutArgs, StoreArgs
+from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.affinity import by_session
-from serve_app.deployments.decoder import ExpertDecoder
 from serve_app.deployments.engine import InferenceEngine
 from serve_app.deployments.store import ExpertStore
-from serve_app.ingress.app import http
-from serve_app.ingress.edge import Ingress
-from serve_app.served import DECODER, ENGINE, INGRESS, STORE
+from serve_app.served import ENGINE, STORE
 
 
 class CpuEngine(InferenceEngine):
@@ -36,20 +33,10 @@ class CpuEngine(InferenceEngine):
         return int(engine._backend.engine.scheduler.block_trie.stats.num_hit_tokens)
 
 
-def build(args: RolloutArgs) -> Application:
-    """Compose what `graphs.rollout` does, with another class for the engine."""
-    store = serve.deployment(name=STORE, **args.store.serve.deployment())(ExpertStore)
+def build(engine_args: EngineArgs, store_args: StoreArgs) -> Application:
+    """Compose engine and store as `graphs.rollout` does; no decoder, no HTTP."""
+    store = serve.deployment(name=STORE, **store_args.serve.deployment())(ExpertStore)
     engine = serve.deployment(
-        name=ENGINE, request_router_config=by_session(), **args.engine.serve.deployment()
+        name=ENGINE, request_router_config=by_session(), **engine_args.serve.deployment()
     )(CpuEngine)
-    decoder = serve.deployment(name=DECODER, **args.decoder.serve.deployment())(ExpertDecoder)
-    edge = serve.deployment(name=INGRESS, **args.ingress.serve.deployment())(
-        serve.ingress(http)(Ingress)
-    )
-    supervisor = store.bind(args.store)
-    return edge.bind(
-        args.ingress,
-        args.engine,
-        engine.bind(args.engine, args.store, supervisor),
-        decoder.bind(args.decoder, args.store, supervisor),
-    )
+    return engine.bind(engine_args, store_args, store.bind(store_args))

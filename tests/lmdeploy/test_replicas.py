@@ -1,6 +1,7 @@
 """LMDeploy replicas in a served graph: both ways of the routes, and a replica that is killed."""
 
 import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from serve_app import RoutedExpertsClient
-from serve_app.config import EngineArgs, RolloutArgs
+from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.affinity import home_of, session_of
 from serve_app.deployments.gpus import check_gpus
 from serve_app.errors import EngineUnavailable
@@ -41,6 +42,7 @@ def cluster() -> Iterator[None]:
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": ROOT, "LMDEPLOY_SKIP_WARMUP": "1"}},
         )
+        serve.start(proxy_location="Disabled")
     yield
     serve.shutdown()  # type: ignore[no-untyped-call]
     if ours:
@@ -48,8 +50,8 @@ def cluster() -> Iterator[None]:
 
 
 def served(name: str, model: Path, replicas: int = 1, **kwargs: Any) -> RoutedExpertsClient:
-    args = {
-        "engine": {
+    engine = EngineArgs.model_validate(
+        {
             "backend": "lmdeploy",
             "model": str(model),
             "dtype": "float16",
@@ -58,50 +60,13 @@ def served(name: str, model: Path, replicas: int = 1, **kwargs: Any) -> RoutedEx
             "enable_transfer_obj_ref": True,
             "engine_kwargs": {**SMALL, **kwargs},
             "serve": {"min_replicas": replicas, "max_replicas": replicas, "num_cpus": 0.1},
-        },
-        "store": {"compat_actors": ["lmdeploy"] if kwargs else []},
-        "decoder": {"serve": {"num_cpus": 0.1}},
-    }
-    serve.run(build(RolloutArgs.model_validate(args)), name=name, route_prefix=f"/{name}")
+        }
+    )
+    store = StoreArgs.model_validate(
+        {"compat_actors": ["lmdeploy"] if "transfer" in kwargs else []}
+    )
+    serve.run(build(engine, store), name=name, route_prefix=None)
     return RoutedExpertsClient(name)
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_session_stays_with_its_prefix_cache(sparse: Path) -> None:
-    client = served("talks", sparse, replicas=2, enable_prefix_caching=True)
-    for talk in range(4):
-        tokens = [3 + talk, *range(10, 50)]
-        for turn in range(4):
-            result = client.generate(
-                GenerateRequest(
-                    request_id=f"{talk}-{turn}",
-                    input_ids=tokens,
-                    session=f"talk {talk}",
-                    max_new_tokens=24,
-                    temperature=0,
-                    ignore_eos=True,
-                    return_routed_experts=True,
-                )
-            )
-            assert result.num_routed_tokens == len(tokens) + 23
-            tokens = [*tokens, *result.output_ids, 7, 8]
-    hits = ServedGraph("talks", None, 30).broadcast("prefix_hits")
-    # Three later turns of each talk find all whole blocks of the turn before.
-    assert sum(hits) >= 4 * (48 + 80 + 96)
-    remove("talks")
-
-
-@pytest.mark.usefixtures("cluster")
-def test_without_gpus_building_the_graph_ends_in_a_sentence(sparse: Path) -> None:
-    asking = {"backend": "lmdeploy", "model": str(sparse), "serve": {"num_gpus": 1}}
-    with pytest.raises(RayServeException, match="asks for 1 GPU a replica and this cluster has 0"):
-        check_gpus(EngineArgs.model_validate(asking))
-    bundles = [{"CPU": 1}, {"GPU": 1}, {"GPU": 1}]
-    asking["serve"] = {"placement_group_bundles": bundles}
-    with pytest.raises(RayServeException, match="asks for 2 GPU a replica"):
-        check_gpus(EngineArgs.model_validate(asking))
-    asking["serve"] = {}
-    check_gpus(EngineArgs.model_validate(asking))
 
 
 def remove(name: str) -> None:
@@ -185,7 +150,48 @@ def test_a_replica_killed_under_load_loses_no_key(sparse: Path) -> None:
     for end in ends:
         if isinstance(end, GenerateResult):
             record_of(client, end)
+    graph = ServedGraph("killed", None, 60)
+    while len(graph.broadcast_each("prefix_hits")) < 2:  # until Serve has replaced it
+        time.sleep(0.2)
     again = client.generate_batch(wanted())
     for result, record in zip(again, records, strict=True):
         np.testing.assert_array_equal(record_of(client, result).ids, record.ids)
     remove("killed")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_session_stays_with_its_prefix_cache(sparse: Path) -> None:
+    client = served("talks", sparse, replicas=2, enable_prefix_caching=True)
+    for talk in range(4):
+        tokens = [3 + talk, *range(10, 50)]
+        for turn in range(4):
+            result = client.generate(
+                GenerateRequest(
+                    request_id=f"{talk}-{turn}",
+                    input_ids=tokens,
+                    session=f"talk {talk}",
+                    max_new_tokens=24,
+                    temperature=0,
+                    ignore_eos=True,
+                    return_routed_experts=True,
+                )
+            )
+            assert result.num_routed_tokens == len(tokens) + 23
+            tokens = [*tokens, *result.output_ids, 7, 8]
+    hits = ServedGraph("talks", None, 30).broadcast("prefix_hits")
+    # Three later turns of each talk find all whole blocks of the turn before.
+    assert sum(hits) >= 4 * (48 + 80 + 96)
+    remove("talks")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_without_gpus_building_the_graph_ends_in_a_sentence(sparse: Path) -> None:
+    asking = {"backend": "lmdeploy", "model": str(sparse), "serve": {"num_gpus": 1}}
+    with pytest.raises(RayServeException, match="asks for 1 GPU a replica and this cluster has 0"):
+        check_gpus(EngineArgs.model_validate(asking))
+    bundles = [{"CPU": 1}, {"GPU": 1}, {"GPU": 1}]
+    asking["serve"] = {"placement_group_bundles": bundles}
+    with pytest.raises(RayServeException, match="asks for 2 GPU a replica"):
+        check_gpus(EngineArgs.model_validate(asking))
+    asking["serve"] = {}
+    check_gpus(EngineArgs.model_validate(asking))
