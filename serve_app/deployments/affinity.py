@@ -1,6 +1,5 @@
 """Which engine replica gets a request: the one whose prefix cache has its conversation."""
 
-import asyncio
 import random
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -12,13 +11,14 @@ from ray.serve.request_router import (  # type: ignore[attr-defined]  # Ray name
     RunningReplica,
 )
 
+from serve_app.config import EngineArgs
 from serve_app.types import GenerateRequest
 
-_IDLE_S = 0.05
 
-
-def by_session() -> RequestRouterConfig:
-    """Return the ``request_router_config`` of the engine deployment."""
+def by_session(args: EngineArgs) -> RequestRouterConfig:
+    """Return the engine's ``request_router_config``: Serve's own where there is no prefix cache."""
+    if not args.engine_kwargs.get("enable_prefix_caching"):
+        return RequestRouterConfig()
     return RequestRouterConfig.model_validate({"request_router_class": SessionRouter})
 
 
@@ -47,8 +47,6 @@ class SessionRouter(RequestRouter):
         """Return replicas in ranks; the next is tried when those before have no room."""
         anywhere = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         if pending_request is None:
-            # A routing task without a call of its own looks for one as fast as it can.
-            await asyncio.sleep(_IDLE_S)
             return [anywhere]
         # Or the base class asks again without a pause while all replicas are busy.
         pending_request.routing_context.should_backoff = True
@@ -57,3 +55,13 @@ class SessionRouter(RequestRouter):
             return [anywhere]
         by_name = {str(one.replica_id.unique_id): one for one in candidate_replicas}
         return [[by_name[home_of(session, list(by_name))]], anywhere]
+
+    def _get_next_pending_request_to_route(self) -> PendingRequest | None:
+        """Return a call that no routing task works on, or else one that is still without a replica.
+
+        The base class drops a call when the task that took it ends because there are more tasks
+        than calls (seen in Ray 2.58.1): it would wait for ever.
+        """
+        untaken: PendingRequest | None = super()._get_next_pending_request_to_route()
+        waiting = (one for one in self._pending_requests_to_fulfill if not one.future.done())
+        return untaken or next(waiting, None)

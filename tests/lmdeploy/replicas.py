@@ -37,6 +37,6 @@ def build(engine_args: EngineArgs, store_args: StoreArgs) -> Application:
     """Compose engine and store as `graphs.rollout` does; no decoder, no HTTP."""
     store = serve.deployment(name=STORE, **store_args.serve.deployment())(ExpertStore)
     engine = serve.deployment(
-        name=ENGINE, request_router_config=by_session(), **engine_args.serve.deployment()
+        name=ENGINE, request_router_config=by_session(engine_args), **engine_args.serve.deployment()
     )(CpuEngine)
     return engine.bind(engine_args, store_args, store.bind(store_args))
