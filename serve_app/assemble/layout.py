@@ -1,6 +1,7 @@
 """Lay stitched rows out in an array: a single pass over the bytes, widening included."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,13 @@ def _by_rows(target: Array, source: Array) -> tuple[Array, Array]:
     whole = source.flags.c_contiguous and target.flags.c_contiguous
     if whole or target.dtype != source.dtype:
         return target, source
-    row = np.dtype((np.void, source.dtype.itemsize * source.shape[1] * source.shape[2]))
-    return tuple(side.reshape(len(side), -1).view(row) for side in (target, source))  # type: ignore[return-value]
+    row = _row_of(source.dtype.itemsize * source.shape[1] * source.shape[2])
+    return target.reshape(len(target), -1).view(row), source.reshape(len(source), -1).view(row)
+
+
+@lru_cache
+def _row_of(nbytes: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, nbytes))
 
 
 def blocks_of(columns: Sequence[int]) -> list[Block]:

@@ -12,15 +12,16 @@ Zigzag is Megatron's load balancing for causal attention: each padded sequence i
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from serve_app.types import BatchSpec, RankSlice
 
 Range = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """``count`` rows from row ``first`` of a sequence on; of padding where it is None.
 
     ``at`` is the row of the padded batch where they begin.
@@ -28,11 +29,11 @@ class Piece:
 
     sequence: int | None
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own count is of no use here
     at: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RankRows:
     """A rank's rows in order, and the global padded boundaries.
 
@@ -44,7 +45,7 @@ class RankRows:
     boundaries: list[int]
     padded: int | None = None
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """How many rows the rank gets."""
         return sum(piece.count for piece in self.pieces)

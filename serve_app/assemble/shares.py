@@ -43,7 +43,7 @@ def share_out(sequences: Sequence[RoutedSequence], nodes: Nodes, rows: RankRows)
     for here, piece in rows.placed():
         if piece.sequence is not None:
             pieces, targets, own = owners[piece.sequence]
-            pieces.append(replace(piece, sequence=own))
+            pieces.append(piece._replace(sequence=own))
             targets.append(here)
     return shares
 

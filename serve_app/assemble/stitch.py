@@ -6,23 +6,21 @@ row after the last captured: the last sampled token was never processed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from serve_app.records import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """``count`` rows from row ``source`` of record ``segment``, to row ``target``."""
 
     target: int
     segment: int
     source: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own count is of no use here
 
 
-@dataclass(frozen=True, slots=True)
-class Stitched:
+class Stitched(NamedTuple):
     """How to fill ``length`` rows: runs to copy, and the spans (first, count) left missing.
 
     ``tail`` is 1 when the last row is the one that no engine captures.
