@@ -5,20 +5,22 @@
 Without CUDA the real engine runs on the CPU operators of tests/lmdeploy. ``off`` is an engine that
 records nothing; ``key`` one whose replica puts each rollout's routes; both have a prefix cache and
 hold the same conversation, turn by turn. The lag is that of a task that wants to wake every half a
-millisecond, its longest during one rollout of 12 MB; the prompt comes from the prefix cache whole,
-so little else happens. ``array`` makes the record and puts nothing; ``theirs`` is LMDeploy's own
-blocking put into its own actor. What a put adds is the lag over that of ``array``.
+millisecond, its longest from LMDeploy's last output with 12 MB of rows to the key: ``key`` is what
+a replica does then, ``theirs`` LMDeploy's own blocking put into its own actor, ``idle`` nothing.
+The model's steps would hide it: on a CPU they run on that loop too.
 """
 
 import argparse
 import asyncio
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
+from math import prod
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import ray
 
 from benchmarks.cluster import start
@@ -27,15 +29,16 @@ from benchmarks.measuring import Times
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.engine import InferenceEngine
-from serve_app.engines.base import Engine
-from serve_app.engines.loading import load_engine
-from serve_app.records import Ids
+from serve_app.engines.base import ModelInfo
+from serve_app.engines.lmdeploy_rollout import Rollout
+from serve_app.engines.stream import ChunkStream
 from serve_app.types import GenerateRequest
 
 TALKING: dict[str, Any] = {"hidden": 128, "layers": 4, "experts": 16, "top_k": 4}
-WIDE: dict[str, Any] = {"hidden": 16, "layers": 8, "experts": 512, "top_k": 256, "context": 4096}
-ROWS = 3072  # of 8 layers, 256 experts each, 2 bytes an id: 12 MiB
+ROWS = (16_384, 48, 8)  # 2 bytes an id for more than 256 experts: 12 MiB
+EXPERTS = 512
 TICK_S = 0.0005
+IDLE_S = 0.03
 STORMY: dict[str, Any] = {
     "backend": "lmdeploy",
     "dtype": "float16",  # float32 where the CPU's operators are used
@@ -47,7 +50,7 @@ STORMY: dict[str, Any] = {
         "enable_prefix_caching": True,
     },
 }
-WAYS = ("array", "key", "theirs")
+WAYS = ("idle", "key", "theirs")
 
 
 def arguments(path: Path, **fields: Any) -> EngineArgs:
@@ -95,53 +98,73 @@ class TalkingHost(EngineHost):
 
 
 class FinishingHost:
-    """An actor whose rollouts end with 12 MB of routes, in three ways."""
+    """An actor with a real engine that is given LMDeploy's last outputs, and finishes rollouts."""
 
     def __init__(self, args: EngineArgs, store: StoreArgs) -> None:
         without_cuda()
-        arrays = args.model_copy(update={"enable_transfer_obj_ref": False})
+        from lmdeploy.pytorch.engine import engine_instance
+
+        from serve_app.engines.lmdeploy_slots import Limits, Slots
+
         up: Any = StoreIsUp()
-        self._replicas = {
-            "array": InferenceEngine(arrays, store, up),
-            "key": InferenceEngine(args, store, up),
-        }
-        theirs = {**args.engine_kwargs, "transfer": "lmdeploy"}
-        self._theirs: Engine = load_engine(
-            args.model_copy(update={"engine_kwargs": theirs}), self._fetch
+        replica = InferenceEngine(args, store, up)
+        engine: Any = replica._engine
+        rows, layers, top_k = ROWS
+        self._info = ModelInfo("wide", layers, tuple(range(layers)), EXPERTS, top_k, 512, 1 << 20)
+        self._slots = Slots(
+            engine._backend, Limits(1, 1), self._info, engine._taken, engine._threads
         )
+        self._keys = replica._keys
+        engine_instance._lazy_create_ray_store()
+        self._instance = engine._backend.engine.create_instance()
+        self._instance._enable_transfer_obj_ref = True
+        self._tokens = [index % 500 for index in range(rows)]
+        dice = np.random.default_rng(0)
+        self._rows = dice.integers(EXPERTS, size=ROWS, dtype=np.uint16)
 
-    async def _fetch(self, key: str) -> Ids:
-        actor = ray.get_actor("shared_store", namespace="lmdeploy")
-        ids: Ids = await actor.get.remote(key)
-        return ids
+    async def ready(self) -> None:
+        """Answer once the engine is there."""
 
-    async def lag(self, way: str, number: int) -> tuple[float, float]:
-        """Sample one rollout; return the loop's longest lag in it, and the seconds it took."""
-        request = GenerateRequest(
-            request_id=f"{way}-{number}",
-            input_ids=[(7 * index) % 250 + 3 for index in range(ROWS)],
-            max_new_tokens=1,
-            temperature=0,
-            ignore_eos=True,
-            return_routed_experts=True,
-        )
+    async def lag(self, way: str, number: int) -> float:
+        """Finish one rollout; return the loop's longest lag in it, in ms."""
         lags: list[float] = []
         ticking = asyncio.create_task(_tick(lags))
         await asyncio.sleep(5 * TICK_S)
         lags.clear()
-        begun = time.perf_counter()
-        if way == "theirs":
-            chunks = [chunk async for chunk in self._theirs.generate(request)]
-            assert chunks[-1].record is not None, chunks[-1].error
-            assert chunks[-1].record.meta.nbytes >= 12 << 20
-        else:
-            result = await self._replicas[way].generate(request)
-            assert result.routed_experts is not None, result.routed_experts_error
-            assert result.num_routed_tokens == ROWS
-        took = time.perf_counter() - begun
+        clean_up: Awaitable[object] = await getattr(self, f"_{way}")(number)
         await asyncio.sleep(5 * TICK_S)
         ticking.cancel()
-        return 1e3 * max(lags), took
+        await clean_up
+        return 1e3 * max(lags)
+
+    async def _idle(self, number: int) -> Awaitable[object]:
+        await asyncio.sleep(IDLE_S)
+        return asyncio.sleep(0)
+
+    async def _key(self, number: int) -> Awaitable[object]:
+        request = GenerateRequest(
+            request_id=str(number), input_ids=self._tokens, return_routed_experts=True
+        )
+        stream = ChunkStream(asyncio.Event())
+        rollout = Rollout(request, stream, stop_ids=(), max_new_tokens=1, decode=None)
+        self._slots._live[request.request_id] = rollout
+        rollout.take([7], [-1.0])
+        await self._slots._finish(rollout, self._rows)
+        chunk = stream.take()
+        assert chunk is not None
+        assert chunk.record is not None
+        assert chunk.record.meta.nbytes == 12 << 20
+        key = await self._keys.put(request, chunk.record, [*self._tokens, 7], None)
+        return self._keys.release([key])
+
+    async def _theirs(self, number: int) -> Awaitable[object]:
+        from lmdeploy.messages import ResponseType
+
+        output = SimpleNamespace(type=ResponseType.FINISH, data={"routed_experts": self._rows})
+        found = self._instance._get_extra_outputs(output, ROWS[0] + 1)
+        actor = ray.get_actor("shared_store", namespace="lmdeploy")
+        read: Awaitable[object] = actor.get.remote(found["routed_experts"])  # which frees it
+        return read
 
 
 async def _tick(lags: list[float]) -> None:
@@ -167,21 +190,21 @@ def measure_lmdeploy(path: Path, options: argparse.Namespace) -> Iterator[dict[s
         "targets": {"conversation_key_off": judged(ratio, 1.05)},
     }
     ray.kill(host)
-    host = start(FinishingHost, arguments(write_checkpoint(path / "wide", **WIDE)), STORE)
+    host = start(FinishingHost, talking, STORE)
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(2 + (5 if options.quick else 5 * options.repeat)):
         for way in WAYS[number % 3 :] + WAYS[: number % 3]:
-            lag, _ = ray.get(host.lag.remote(way, number))
-            if number >= 2:  # the first fill the prefix caches
+            lag = ray.get(host.lag.remote(way, number))
+            if number >= 2:  # the first ones meet cold connections
                 found[way].append(lag)
     ray.kill(host)
-    base = median(found["array"])
+    base = median(found["idle"])
     added = {way: [max(0.0, lag - base) for lag in found[way]] for way in ("key", "theirs")}
     ours, theirs = median(added["key"]), median(added["theirs"])
     yield {
         "part": "lag",
-        "model": WIDE,
-        "bytes": ROWS * 8 * 256 * 2,
+        "rows": list(ROWS),
+        "bytes": 2 * prod(ROWS),
         "longest_lag_ms": {way: Times(lags).summary() for way, lags in found.items()},
         "added_ms_p50": {"key": round(ours, 3), "theirs": round(theirs, 3)},
         "targets": {
