@@ -12,7 +12,7 @@ import torch
 from ray import __version__ as ray_version
 
 from examples.tiny_moe import write_checkpoint
-from serve_app.config import EngineArgs, StoreArgs
+from serve_app.config import EngineArgs, ServeOptions, StoreArgs
 from serve_app.deployments.shared_store import puts_itself, wait_for_shared_store
 from serve_app.engines.base import ModelInfo
 from serve_app.engines.lmdeploy_model import read_model
@@ -231,3 +231,19 @@ def test_rows_that_were_sampled_from_win_over_computed_ones() -> None:
     state.status = MessageStatus.STOPPED
     sequence.set_step(0)
     assert sequence.kept is None
+
+
+# Placement of tensor-parallel workers.
+
+
+def test_bundles_reserve_the_replica_and_its_workers() -> None:
+    bundles = [{"CPU": 1.0}, {"GPU": 1.0}, {"GPU": 1.0}]
+    options = ServeOptions.model_validate({"num_cpus": 1, "placement_group_bundles": bundles})
+    assert options.gpus_per_replica == 2
+    deployment = options.deployment()
+    assert deployment["placement_group_bundles"] == bundles
+    assert deployment["placement_group_strategy"] == "STRICT_PACK"
+    assert "placement_group_bundles" not in ServeOptions().deployment()
+    for wrong in ({"num_cpus": 2}, {"num_cpus": 1, "num_gpus": 1}):
+        with pytest.raises(ValueError, match="the first of placement_group_bundles is the replica"):
+            ServeOptions.model_validate({**wrong, "placement_group_bundles": bundles})
