@@ -21,8 +21,6 @@ async def one_engine(sparse: Path) -> AsyncIterator[Engine]:
 
 @pytest.mark.asyncio(loop_scope="module")
 class TestLmdeployEngine(EngineContract):
-    outlasting = 300
-
     @pytest.fixture
     def engine(self, one_engine: Engine) -> Engine:
         return one_engine
