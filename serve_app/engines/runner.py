@@ -13,7 +13,6 @@ from serve_app.engines.recording import Captured, ExpertRecorder
 from serve_app.engines.slots import SlotCache
 from serve_app.engines.weights import ParkedWeights, load_weights
 
-
 # In a pass of several tokens their layers start from nothing, so a prompt is never cut.
 WHOLE_PROMPTS = frozenset({"jamba"})
 
