@@ -27,6 +27,7 @@ from serve_app import RoutedExpertsClient
 from serve_app.config import RolloutArgs
 from serve_app.fetching import RoutesFetcher
 from serve_app.served import ServedGraph
+from serve_app.weights import newest_weights
 from serve_app.wire.ours import from_bytes
 from tests.cluster.conftest import ROLLOUT_YAML
 from tests.cluster.test_cli import free_ports
@@ -146,6 +147,9 @@ def test_pickled_weights_reach_every_replica(http: httpx.Client, tiny_checkpoint
         answer = http.post(f"{URL}/update_weights", json=body, headers=ADMIN)
         assert answer.status_code == 200, answer.text
     assert {version for _, version in everywhere("weight_version")} == {before + 1}
+    kept = asyncio.run(newest_weights("two"))  # what a replica that starts later loads
+    assert kept is not None
+    assert kept.version == before + 1
     body = {"serialized_named_tensors": base64.b64encode(b"junk").decode()}
     assert http.post(f"{URL}/update_weights", json=body, headers=ADMIN).status_code == 400
 
