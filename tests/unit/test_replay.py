@@ -257,7 +257,8 @@ def _softmax_normalised(logits: torch.Tensor, ids: torch.Tensor, router: Any) ->
 
 
 def _softmax_of_the_chosen(logits: torch.Tensor, ids: torch.Tensor, router: Any) -> torch.Tensor:
-    return (logits + router.bias).gather(-1, ids).softmax(-1)
+    weights: torch.Tensor = (logits + router.bias).gather(-1, ids).softmax(-1)
+    return weights
 
 
 def _sigmoid_normalised_scaled(
