@@ -23,9 +23,10 @@ $(VENV)/.ready: pyproject.toml constraints/cpu.txt constraints/lmdeploy-cpu.txt
 demo: setup
 	$(BIN)/python -m examples.grpo_tiny
 
-# LMDeploy on a CPU patches torch in its process.
+# What needs no cluster runs in two processes; LMDeploy on a CPU patches torch in its own.
 test: setup
-	$(BIN)/python -m pytest -m 'not gpu and not lmdeploy'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/graph
+	$(BIN)/python -m pytest tests/cluster tests/k8s
 	$(BIN)/python -m pytest -m lmdeploy tests/lmdeploy
 
 check: setup

@@ -93,4 +93,4 @@ def test_plot_names_a_torn_file_and_draws_the_rest(tmp_path: Path) -> None:
 def test_plot_of_nothing_is_one_sentence(tmp_path: Path) -> None:
     told = CliRunner().invoke(main, ["plot", str(tmp_path)])
     assert told.exit_code == 1
-    assert "is no snapshot" in told.stderr.replace("\n", " ")
+    assert "is no snapshot" in " ".join(told.stderr.split())
