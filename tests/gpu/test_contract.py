@@ -26,7 +26,6 @@ class TestLmdeployOnCuda(EngineContract):
     # places to compare, so two of them may differ; the long ones agree in 97 % and more.
     min_agreement = 0.95
     logprob_tolerance = 0.03
-    outlasting = 400
 
     @pytest.fixture
     def engine(self, one_engine: Engine) -> Engine:
