@@ -10,6 +10,7 @@ Ray's object stores are back at their start. Prints one JSON line; exits with 1 
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -205,6 +206,7 @@ def chaos(minutes: float, seed: int) -> dict[str, Any]:
         run.run(60 * minutes)
         try:
             run.settle()
+            gc.collect()  # errors that Ray and Serve keep in cycles, with what their frames hold
             _wait_for("the object stores", lambda: used_bytes() <= before + SLACK_BYTES)
         except TimeoutError as error:
             book.violate(str(error))

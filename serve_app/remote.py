@@ -74,9 +74,12 @@ class Decoders:
                     answers.append(self._receive(response))
                 except DecoderUnavailable:  # once more: the bytes were not that replica's own
                     answers.append(self._receive(self._send(share, narrow)))
-        finally:
+        except BaseException:
             for response in responses[len(answers) :]:
                 response.cancel()  # type: ignore[no-untyped-call]
+            # Serve and Ray keep errors in cycles, and this frame with them: let it pin no bytes.
+            answers.clear()
+            raise
         return answers
 
     def _send(self, share: Share, spec: BatchSpec) -> "DeploymentResponse[Any]":
