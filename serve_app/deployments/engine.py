@@ -296,7 +296,7 @@ class InferenceEngine:
         ]
         common = 0
         if len(whole) >= 2 and self._args.enable_transfer_obj_ref:
-            common = await asyncio.to_thread(_rows_in_common, whole, rows)
+            common = await asyncio.to_thread(rows_in_common, whole, rows)
         if not common:
             return await self._hand_out_each(answers, earlier, earlier, rows)
         prompt = await asyncio.to_thread(part_of, whole[0], 0, common, request.input_ids)
@@ -331,12 +331,15 @@ async def _newest() -> Newest | None:
     return await newest_weights(application()) if ray.is_initialized() else None
 
 
-def _rows_in_common(records: Sequence[Record], rows: int) -> int:
+def rows_in_common(records: Sequence[Record], rows: int) -> int:
     """Return how many of the first ``rows`` rows are the same in all records.
 
     Fewer than all where an engine processed the prompt more than once: batches of other sizes
-    round otherwise, and a router may decide otherwise.
+    round otherwise, and a router may decide otherwise. None where new weights came in between,
+    since a row has one version.
     """
+    if len({record.weight_version for record in records}) > 1:
+        return 0
     first = records[0].ids[:rows]
     for record in records[1:]:
         different = (record.ids[: len(first)] != first).any(axis=(1, 2))
