@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.answer import Answer, Routes
 from serve_app.deployments.context import application, connect_store, replica_id
+from serve_app.deployments.group_rows import rows_in_common
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.deployments.routes import Earlier, RouteKeys
 from serve_app.deployments.shared_store import puts_itself, wait_for_shared_store
@@ -22,7 +23,7 @@ from serve_app.deployments.weights_inbox import PartialUpdates
 from serve_app.engines.base import Engine, ModelInfo, Proving
 from serve_app.engines.loading import load_engine
 from serve_app.errors import InvalidRequest, R3Error
-from serve_app.records import Record, part_of
+from serve_app.records import part_of
 from serve_app.store.base import RecordStore
 from serve_app.types import (
     FinishReason,
@@ -329,23 +330,6 @@ class InferenceEngine:
 
 async def _newest() -> Newest | None:
     return await newest_weights(application()) if ray.is_initialized() else None
-
-
-def rows_in_common(records: Sequence[Record], rows: int) -> int:
-    """Return how many of the first ``rows`` rows are the same in all records.
-
-    Fewer than all where an engine processed the prompt more than once: batches of other sizes
-    round otherwise, and a router may decide otherwise. None where new weights came in between,
-    since a row has one version.
-    """
-    if len({record.weight_version for record in records}) > 1:
-        return 0
-    first = records[0].ids[:rows]
-    for record in records[1:]:
-        different = (record.ids[: len(first)] != first).any(axis=(1, 2))
-        if different.any():
-            first = first[: int(different.argmax())]
-    return len(first)
 
 
 def _no_key(error: R3Error) -> Routes:
