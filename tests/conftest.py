@@ -1,6 +1,7 @@
 """What every test shares: an environment fixed before Ray or Transformers load."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts jobs in the background so, and their children would ignore our Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from hypothesis import settings
 

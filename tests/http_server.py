@@ -35,9 +35,13 @@ class LocalGraph:
     def client(self) -> RoutedExpertsClient:
         return RoutedExpertsClient("local", handles=self.handles)
 
-    def edge(self, **ingress: Any) -> Ingress:
-        """Return another ingress replica in front of the same engine."""
-        args = RolloutArgs.model_validate({**self._args, "ingress": ingress})
+    def edge(self, scale: dict[str, int] | None = None, **ingress: Any) -> Ingress:
+        """Return another ingress replica in front of the same engine.
+
+        With ``scale`` it believes that the engine has these Serve options.
+        """
+        engine = {**self._args["engine"], **({"serve": scale} if scale else {})}
+        args = RolloutArgs.model_validate({**self._args, "engine": engine, "ingress": ingress})
         return Ingress(args.ingress, args.engine, self.handles.engine, self.handles.decoder)
 
 

@@ -10,9 +10,9 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.answer import Answer, Routes
+from serve_app.deployments.answer import Answer
 from serve_app.deployments.context import application, connect_store, replica_id
-from serve_app.deployments.group_rows import rows_in_common
+from serve_app.deployments.handing_out import HandingOut
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.deployments.routes import Earlier, RouteKeys
 from serve_app.deployments.shared_store import puts_itself, wait_for_shared_store
@@ -22,11 +22,9 @@ from serve_app.deployments.unread import Unread
 from serve_app.deployments.weights_inbox import PartialUpdates
 from serve_app.engines.base import Engine, ModelInfo, Proving
 from serve_app.engines.loading import load_engine
-from serve_app.errors import InvalidRequest, R3Error
-from serve_app.records import part_of
+from serve_app.errors import InvalidRequest
 from serve_app.store.base import RecordStore
 from serve_app.types import (
-    FinishReason,
     GenerateChunk,
     GenerateRequest,
     GenerateResult,
@@ -59,6 +57,7 @@ class InferenceEngine:
             wait_for_shared_store(application(), store_args)
         self._engine = load(args, self._keys.take)
         self._unread = Unread()
+        self._handing_out = HandingOut(args, self._keys, self._unread)
         self._parts = SleepingParts()
         self._updates = PartialUpdates()
         self._metrics = EngineMetrics()
@@ -87,7 +86,7 @@ class InferenceEngine:
                 await earlier
                 answer.add(chunk)
                 if chunk.finish_reason is not None:
-                    result = answer.result(await self._hand_out(answer, await earlier))
+                    result = answer.result(await self._handing_out.hand_out(answer, await earlier))
                     self._metrics.finished(result, time.monotonic() - begun)
                 yield GenerateChunk(
                     request.request_id, chunk.token_ids, chunk.logprobs, chunk.text, result
@@ -106,7 +105,7 @@ class InferenceEngine:
                 await earlier
                 found.setdefault(index, Answer(request.member(index))).add(chunk)
             answers = [found[index] for index in range(n)]
-            routes = await self._hand_out_group(request, answers, await earlier)
+            routes = await self._handing_out.hand_out_group(request, answers, await earlier)
         results = [answer.result(one) for answer, one in zip(answers, routes, strict=True)]
         for result in results:
             self._metrics.finished(result, time.monotonic() - begun)
@@ -261,82 +260,9 @@ class InferenceEngine:
             return None
         return await self._keys.earlier(request.continue_from, request.input_ids, self._engine.info)
 
-    async def _hand_out(self, answer: Answer, earlier: Earlier | None) -> Routes:
-        """Turn a finished rollout's record into a key or an array, or say why there is none."""
-        assert answer.last is not None
-        record = answer.last.record
-        if not answer.request.return_routed_experts:
-            return Routes()
-        if not self._args.enable_return_routed_experts:
-            return Routes(
-                error="enable_return_routed_experts is off in this engine's configuration, so it"
-                " records no experts"
-            )
-        if record is None:
-            return Routes(error=_why_none(answer.last.finish_reason))
-        if not self._args.enable_transfer_obj_ref:
-            return Routes(record.ids, record.meta.rows)
-        try:
-            key = await self._keys.put(answer.request, record, answer.tokens, earlier)
-        except R3Error as error:
-            return _no_key(error)
-        if not self._unread.handed_out(answer.request.request_id, key):
-            await self._keys.release([key])
-            return Routes(error="the client went away before its key was there")
-        return Routes(key, max(record.meta.stop, earlier.rows if earlier else 0))
-
-    async def _hand_out_group(
-        self, request: GenerateRequest, answers: Sequence[Answer], earlier: Earlier | None
-    ) -> list[Routes]:
-        """Put the prompt's rows once, as the parent of those of all who have them whole."""
-        rows = len(request.input_ids)
-        whole = [
-            answer.last.record
-            for answer in answers
-            if answer.last and answer.last.record and answer.last.record.meta.rows >= rows
-        ]
-        common = 0
-        if len(whole) >= 2 and self._args.enable_transfer_obj_ref:
-            common = await asyncio.to_thread(rows_in_common, whole, rows)
-        if not common:
-            return await self._hand_out_each(answers, earlier, earlier, rows)
-        prompt = await asyncio.to_thread(part_of, whole[0], 0, common, request.input_ids)
-        try:
-            async with self._keys.shared_rows(
-                request, prompt, request.input_ids, earlier
-            ) as shared:
-                return await self._hand_out_each(answers, earlier, shared, rows)
-        except R3Error as error:
-            return [_no_key(error) for _ in answers]
-
-    async def _hand_out_each(
-        self,
-        answers: Sequence[Answer],
-        earlier: Earlier | None,
-        shared: Earlier | None,
-        rows: int,
-    ) -> list[Routes]:
-        """Hand out all; a record without the whole prompt does not build on the shared rows."""
-
-        def base(answer: Answer) -> Earlier | None:
-            record = answer.last.record if answer.last else None
-            return shared if record is not None and record.meta.rows >= rows else earlier
-
-        return await asyncio.gather(*(self._hand_out(answer, base(answer)) for answer in answers))
-
     async def _connect(self) -> RecordStore:
         return await connect_store(self._store_args, self._supervisor)
 
 
 async def _newest() -> Newest | None:
     return await newest_weights(application()) if ray.is_initialized() else None
-
-
-def _no_key(error: R3Error) -> Routes:
-    return Routes(error=f"{type(error).__name__}: {error}")
-
-
-def _why_none(finish_reason: FinishReason | None) -> str:
-    if finish_reason == "abort":
-        return "aborted before any token was processed"
-    return f"the engine recorded nothing (finish reason {finish_reason})"

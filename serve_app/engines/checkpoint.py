@@ -6,15 +6,14 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from serve_app.config import EngineArgs
 from serve_app.engines.base import ModelInfo
+from serve_app.engines.checkpoint_files import context_length, read_decoder
 from serve_app.engines.detokenizer import Decode
 from serve_app.engines.moe import MoeBlock, MoeShape, family_of, find_moe_blocks, shape_of
 from serve_app.errors import EngineError
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class Options(BaseModel):
@@ -60,9 +59,11 @@ def load_checkpoint(args: EngineArgs) -> Checkpoint:
         num_experts=shape.num_experts,
         top_k=shape.top_k,
         vocab_size=config.vocab_size,
-        context_length=_context_length(args.context_length, config),
+        context_length=context_length(
+            args.context_length, getattr(config, "max_position_embeddings", None)
+        ),
     )
-    return Checkpoint(model, blocks, info, _eos_ids(model), _decoder(Path(args.model)), options)
+    return Checkpoint(model, blocks, info, _eos_ids(model), read_decoder(Path(args.model)), options)
 
 
 def load_model(args: EngineArgs, options: Options) -> PreTrainedModel:
@@ -110,33 +111,9 @@ def _experts_if_readable(model: PreTrainedModel) -> tuple[list[MoeBlock], MoeSha
     return blocks, shape_of(model, blocks)
 
 
-def _context_length(wanted: int | None, config: Any) -> int:
-    own: int | None = getattr(config, "max_position_embeddings", None)
-    if wanted is None:
-        if own is None:
-            raise ValueError(f"{config.model_type} has no context length: set context_length")
-        return own
-    if own is not None and wanted > own:
-        raise ValueError(f"expected a context_length up to the model's own {own}, got {wanted}")
-    return wanted
-
-
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
     config = model.generation_config
     ids: int | list[int] | None = config.eos_token_id if config is not None else None
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def _decoder(path: Path) -> Decode | None:
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-    def decode(ids: list[int]) -> str:
-        return str(
-            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
-
-    return decode

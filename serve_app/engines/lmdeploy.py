@@ -22,11 +22,11 @@ from serve_app.engines.lmdeploy_backend import Backend
 from serve_app.engines.lmdeploy_model import ServedModel
 from serve_app.engines.lmdeploy_options import LmdeployOptions
 from serve_app.engines.lmdeploy_probe import probe
-from serve_app.engines.lmdeploy_requests import RequestRules
 from serve_app.engines.lmdeploy_rollout import Rollout
 from serve_app.engines.lmdeploy_slots import Limits, Slots
 from serve_app.engines.lmdeploy_weights import ModelWeights
 from serve_app.engines.loading import TakeRows
+from serve_app.engines.request_rules import RequestRules
 from serve_app.engines.stream import ChunkStream
 from serve_app.errors import EngineAsleep, EngineUnavailable, InvalidRequest, StoreUnavailable
 from serve_app.types import GenerateRequest, SleepLevel, UpdateMode
@@ -60,7 +60,9 @@ class LmdeployEngine:
         longest = min(model.info.context_length, self._backend.context_length)
         self._info = replace(model.info, context_length=longest)
         self._recorded = self._info if args.enable_return_routed_experts else None
-        self._rules = RequestRules(self._info, model.eos_ids, model.decode)
+        self._rules = RequestRules(self._info, has_tokenizer=model.decode is not None)
+        self._eos_ids = model.eos_ids
+        self._decode = model.decode
         self._threads = ThreadPoolExecutor(2, "r3serve-lmdeploy")
         limits = Limits(args.max_batch_size, args.max_waiting)
         self._slots = Slots(self._backend, limits, self._recorded, self._taken, self._threads)
@@ -202,7 +204,7 @@ class LmdeployEngine:
             self.check(request)
         self._check_serving()
         filled = asyncio.Event()
-        rollouts = [self._rules.rollout(one, ChunkStream(filled), group) for one in requests]
+        rollouts = [self._rollout(one, ChunkStream(filled), group) for one in requests]
         if self._prefixes:
             for member in rollouts[1:]:
                 member.leader = rollouts[0]
@@ -221,6 +223,17 @@ class LmdeployEngine:
         finally:
             if live:
                 self._abandon(live.values())
+
+    def _rollout(self, request: GenerateRequest, stream: ChunkStream, group: str | None) -> Rollout:
+        eos_ids = frozenset() if request.ignore_eos else self._eos_ids
+        return Rollout(
+            request,
+            stream,
+            stop_ids=eos_ids.union(request.stop_token_ids),
+            max_new_tokens=self._rules.most_new_tokens(request),
+            decode=self._decode,
+            group=group,
+        )
 
     def _abandon(self, rollouts: Iterable[Rollout]) -> None:
         """End rollouts whose reader is gone; nobody waits for it."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from serve_app.config import EngineArgs
 from serve_app.engines.base import ModelInfo
+from serve_app.engines.checkpoint_files import context_length, read_decoder
 from serve_app.engines.detokenizer import Decode
 
 Config = Mapping[str, Any]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 EXPERTS_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "experts_per_token")
 
@@ -95,24 +95,13 @@ def read_model(args: EngineArgs) -> ServedModel:
         num_experts=_first(config, EXPERTS_NAMES),
         top_k=_first(config, TOP_K_NAMES),
         vocab_size=int(config["vocab_size"]),
-        context_length=_context_length(args.context_length, config),
+        context_length=context_length(args.context_length, config.get("max_position_embeddings")),
     )
-    return ServedModel(info, _eos_ids(path, config), _decoder(path))
+    return ServedModel(info, _eos_ids(path, config), read_decoder(path))
 
 
 def _first(config: Config, names: tuple[str, ...]) -> int:
     return next((int(config[name]) for name in names if config.get(name)), 0)
-
-
-def _context_length(wanted: int | None, config: Config) -> int:
-    own: int | None = config.get("max_position_embeddings")
-    if wanted is None:
-        if own is None:
-            raise ValueError("the checkpoint has no context length: set context_length")
-        return own
-    if own is not None and wanted > own:
-        raise ValueError(f"expected a context_length up to the model's own {own}, got {wanted}")
-    return wanted
 
 
 def _eos_ids(path: Path, config: Config) -> frozenset[int]:
@@ -124,18 +113,3 @@ def _eos_ids(path: Path, config: Config) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def _decoder(path: Path) -> Decode | None:
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-    def decode(ids: list[int]) -> str:
-        return str(
-            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
-
-    return decode

@@ -11,8 +11,6 @@ import torch
 
 from serve_app.engines.penalties import Penalties
 
-SEED_RANGE = range(-(2**63), 2**64)
-
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

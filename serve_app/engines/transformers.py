@@ -1,7 +1,7 @@
 """The Transformers engine: Hugging Face MoE models on the CPU, behind the `Engine` Protocol."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,9 @@ from serve_app.engines.base import EngineChunk, ModelInfo
 from serve_app.engines.checkpoint import load_checkpoint, load_model
 from serve_app.engines.expert_rows import ExpertRows
 from serve_app.engines.recording import ExpertRecorder
+from serve_app.engines.request_rules import RequestRules
 from serve_app.engines.rollout import Rollout, StopRules
 from serve_app.engines.runner import ModelRunner
-from serve_app.engines.sampling import SEED_RANGE
 from serve_app.engines.steps import StepThread
 from serve_app.engines.stream import ChunkStream
 from serve_app.engines.weights import WeightSpec
@@ -43,6 +43,7 @@ class TransformersEngine:
         self._records = recorder is not None
         self._eos_ids = checkpoint.eos_ids
         self._decode = checkpoint.decode
+        self._rules = RequestRules(self._info, has_tokenizer=self._decode is not None)
         self._sleep_level: SleepLevel | None = None
         self._sleeping = asyncio.Lock()
         self._weights = WeightSpec(checkpoint.model)
@@ -72,27 +73,7 @@ class TransformersEngine:
 
     def check(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` for a request that this model can never serve."""
-        prompt, info = request.input_ids, self._info
-        if not prompt:
-            raise InvalidRequest("expected at least one prompt token, got none")
-        self._check_vocabulary("input_ids", (min(prompt), max(prompt)))
-        self._check_vocabulary("stop_token_ids", request.stop_token_ids)
-        self._check_vocabulary("logit_bias", request.logit_bias)
-        if len(prompt) >= info.context_length:
-            raise InvalidRequest(
-                f"expected at most {info.context_length - 1} prompt tokens, one less than the"
-                f" context length {info.context_length}, got {len(prompt)}"
-            )
-        if request.stop and self._decode is None:
-            raise InvalidRequest(
-                "stop strings need the checkpoint's tokenizer, and it has none; use stop_token_ids"
-            )
-        if "" in request.stop:
-            raise InvalidRequest("expected stop strings that are not empty, got ''")
-        if request.seed is not None and request.seed not in SEED_RANGE:
-            raise InvalidRequest(
-                f"expected a seed in [{SEED_RANGE.start}, {SEED_RANGE.stop}), got {request.seed}"
-            )
+        self._rules.check(request)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineChunk, None]:
         """Sample one rollout; see `Engine`. Raises when the iteration begins."""
@@ -195,21 +176,13 @@ class TransformersEngine:
         await asyncio.wrap_future(self._steps.finished)
         self._steps.join()
 
-    def _check_vocabulary(self, what: str, ids: Iterable[int]) -> None:
-        for token in ids:
-            if not 0 <= token < self._info.vocab_size:
-                raise InvalidRequest(
-                    f"expected {what} in [0, {self._info.vocab_size}), got {token}"
-                )
-
     def _rollout(self, request: GenerateRequest, stream: ChunkStream, group: str | None) -> Rollout:
         eos_ids = frozenset() if request.ignore_eos else self._eos_ids
-        room = self._info.context_length - len(request.input_ids)
         rules = StopRules(
             token_ids=eos_ids.union(request.stop_token_ids),
             strings=request.stop,
             include_token=request.include_stop_token,
-            max_new_tokens=min(request.max_new_tokens, room),
+            max_new_tokens=self._rules.most_new_tokens(request),
             min_new_tokens=request.min_new_tokens,
             decode=self._decode,
         )

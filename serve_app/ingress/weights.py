@@ -84,7 +84,17 @@ async def update_weights(body: PickledWeights, edge: Edge) -> None:
 
 @router.post("/init_weights_update_group", response_model=Outcome, responses=documented())
 async def init_weights_update_group(body: WeightsGroup, edge: Edge) -> Outcome:
-    """Let every replica join the trainer's process group; answers when all ranks are there."""
+    """Let every replica join the trainer's process group; answers when all ranks are there.
+
+    Its ranks are fixed when it opens, so the number of replicas has to be, too.
+    """
+    scale = edge.engine_args.serve
+    if scale.min_replicas != scale.max_replicas:
+        raise InvalidRequest(
+            "a process group needs a fixed number of replicas: expected engine.serve with"
+            f" min_replicas equal to max_replicas, got {scale.min_replicas} and"
+            f" {scale.max_replicas}; set both in the graph's configuration"
+        )
     names = sorted(name for name, _ in await edge.everywhere("weight_version"))
     last = body.rank_offset + len(names)
     if last > body.world_size:

@@ -68,6 +68,16 @@ def test_pickled_weights_need_more_than_a_key(graph: LocalGraph) -> None:
         assert "allow_pickle is off" in answer.json()["message"]
 
 
+def test_a_process_group_needs_a_fixed_number_of_replicas(graph: LocalGraph) -> None:
+    group = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1}
+    group |= {"world_size": 3, "group_name": "policy", "backend": "gloo"}
+    scale = {"min_replicas": 1, "max_replicas": 4}
+    with guarded(graph, scale=scale, admin_keys=["boss"]) as http:
+        answer = http.post("/init_weights_update_group", json=group, headers=bearer("boss"))
+        assert answer.status_code == 400
+        assert "min_replicas equal to max_replicas, got 1 and 4" in answer.json()["message"]
+
+
 @pytest.mark.parametrize(("network", "status"), [("127.0.0.0/8", 200), ("10.0.0.0/8", 401)])
 def test_what_xtuner_calls_without_key_is_open_to_its_network_only(
     graph: LocalGraph, network: str, status: int

@@ -1,24 +1,21 @@
-"""Which requests LMDeploy can serve, and where each of them ends."""
+"""Which requests an engine can serve at all, told before anything is sampled."""
 
 from collections.abc import Iterable
 
 from serve_app.engines.base import ModelInfo
-from serve_app.engines.detokenizer import Decode
-from serve_app.engines.lmdeploy_rollout import Rollout
-from serve_app.engines.stream import ChunkStream
 from serve_app.errors import InvalidRequest
 from serve_app.types import GenerateRequest
 
 SEED_RANGE = range(-(2**63), 2**64)
+"""What a torch generator takes."""
 
 
 class RequestRules:
-    """Checks requests against one model; ``decode=None``: it has no tokenizer."""
+    """Checks requests against one model; ``has_tokenizer`` is whether it makes text."""
 
-    def __init__(self, info: ModelInfo, eos_ids: frozenset[int], decode: Decode | None) -> None:
+    def __init__(self, info: ModelInfo, *, has_tokenizer: bool) -> None:
         self._info = info
-        self._eos_ids = eos_ids
-        self._decode = decode
+        self._has_tokenizer = has_tokenizer
 
     def check(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` for a request that this model can never serve."""
@@ -33,7 +30,7 @@ class RequestRules:
                 f"expected at most {longest - 1} prompt tokens, one less than the context length"
                 f" {longest}, got {len(prompt)}"
             )
-        if request.stop and self._decode is None:
+        if request.stop and not self._has_tokenizer:
             raise InvalidRequest(
                 "stop strings need the checkpoint's tokenizer, and it has none; use stop_token_ids"
             )
@@ -44,18 +41,9 @@ class RequestRules:
                 f"expected a seed in [{SEED_RANGE.start}, {SEED_RANGE.stop}), got {request.seed}"
             )
 
-    def rollout(self, request: GenerateRequest, stream: ChunkStream, group: str | None) -> Rollout:
-        """Return a checked request as a rollout that has not begun."""
-        eos_ids = frozenset() if request.ignore_eos else self._eos_ids
-        room = self._info.context_length - len(request.input_ids)
-        return Rollout(
-            request,
-            stream,
-            stop_ids=eos_ids.union(request.stop_token_ids),
-            max_new_tokens=min(request.max_new_tokens, room),
-            decode=self._decode,
-            group=group,
-        )
+    def most_new_tokens(self, request: GenerateRequest) -> int:
+        """Return how many tokens a checked request may get: the context length ends it, too."""
+        return min(request.max_new_tokens, self._info.context_length - len(request.input_ids))
 
     def _check_vocabulary(self, what: str, ids: Iterable[int]) -> None:
         for token in ids:
