@@ -6,7 +6,8 @@ import numpy as np
 
 from serve_app.assemble.copying import Copies
 from serve_app.assemble.destination import Allocate, Array, destination
-from serve_app.assemble.layout import Padding, blocks_of, columns_of, fill
+from serve_app.assemble.layout import Filling, columns_of
+from serve_app.assemble.padding import Padding
 from serve_app.assemble.ranks import Piece, RankRows, rank_rows
 from serve_app.assemble.stitch import Stitched, stitch
 from serve_app.errors import KeyExpired, RecordError, RoutesGap, RoutesLost
@@ -60,21 +61,22 @@ def materialize(
     lengths = [sequence.length for sequence in sequences]
     rows = rank_rows(lengths, spec) if pieces is None else RankRows(list(pieces), [])
     columns = columns_of(model.meta.layers, model.moe_layers, spec)
-    blocks = blocks_of(columns)
     shape = (*rows.lead, len(columns), model.meta.top_k)
     ids = destination(out, shape, model.meta.dtype, spec.dtype, allocate)
     valid = np.empty(rows.lead, dtype=np.bool_)
     flat, flat_valid = ids.reshape(rows.rows, *ids.shape[-2:]), valid.reshape(rows.rows)
     padding, copies = Padding(spec, model.num_experts, columns), Copies()
+    filling = Filling(flat, flat_valid, columns, model.meta, padding, copies)
     for here, piece in rows.placed():
-        segments = None if piece.sequence is None else readable[piece.sequence]
-        if segments is None or piece.sequence is None:
-            padding.fill(flat[here], flat_valid[here], piece.at)
+        number, first, count, at = piece
+        segments = None if number is None else readable[number]
+        if segments is None or number is None:
+            filling.pad(here, at)
             continue
-        sequence, plan = sequences[piece.sequence], plans[piece.sequence]
-        if plan is None or piece.count < sequence.length:
-            plan = stitch(segments, sequence.first + piece.first, piece.count)
-        fill(flat[here], flat_valid[here], segments, plan, blocks, padding, copies, piece.at)
+        sequence, plan = sequences[number], plans[number]
+        if plan is None or count < sequence.length:
+            plan = stitch(segments, sequence.first + first, count)
+        filling.fill(here, segments, plan, at)
     copies.run()
     moe = tuple(layer for layer in columns if layer in set(model.moe_layers))
     return PackedExperts(

@@ -25,8 +25,12 @@ class Copies:
 
     def add(self, target: Array, source: Array) -> None:
         """Note a copy of ``source`` to ``target``, arrays of one shape ``[rows, …]``."""
-        self._nbytes += target.nbytes
-        rows = max(1, len(target) * _PIECE_BYTES // max(1, target.nbytes))
+        nbytes = target.nbytes
+        self._nbytes += nbytes
+        if nbytes <= _PIECE_BYTES:
+            self._waiting.append((target, source))
+            return
+        rows = max(1, len(target) * _PIECE_BYTES // nbytes)
         for at in range(0, len(target), rows):
             self._waiting.append((target[at : at + rows], source[at : at + rows]))
 

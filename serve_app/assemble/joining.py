@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from serve_app.assemble.copying import Copies
-from serve_app.assemble.layout import Padding, blocks_of, fill
+from serve_app.assemble.layout import Filling
+from serve_app.assemble.padding import Padding
 from serve_app.assemble.stitch import stitch
 from serve_app.records import Record, make_record
 from serve_app.types import BatchSpec
@@ -19,8 +20,8 @@ def joined(segments: Sequence[Record]) -> Record:
     ids = np.zeros((rows, first.layers, first.top_k), first.dtype)
     valid = np.zeros(rows, dtype=np.bool_)
     padding, copies = Padding(BatchSpec(), first.num_experts), Copies()
-    plan, blocks = stitch(segments, start, rows), blocks_of(range(first.layers))
-    fill(ids, valid, segments, plan, blocks, padding, copies)
+    filling = Filling(ids, valid, range(first.layers), first, padding, copies)
+    filling.fill(slice(0, rows), segments, stitch(segments, start, rows))
     copies.run()
     whole = make_record(
         ids,

@@ -8,65 +8,86 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.assemble.copying import Copies
+from serve_app.assemble.padding import Padding
 from serve_app.assemble.stitch import Stitched
-from serve_app.records import Record
+from serve_app.records import Record, RecordMeta
 from serve_app.types import BatchSpec
 
 Array = npt.NDArray[Any]
 Valid = npt.NDArray[np.bool_]
 Block = tuple[slice, slice]
 """Columns of the batch, and the columns of a record that go there."""
-_AT_ONCE = 1 << 16
-"""Ids of padding that are computed at once: they take 8 bytes each meanwhile."""
 
 
-class Padding:
-    """Fills rows that no record covers with the ids that a batch's pad policy asks for.
+class Filling:
+    """A batch ``[rows, columns, top_k]`` of stored or wider ids, and its ``valid`` ``[rows]``.
 
-    They depend on the row of the padded batch, the layer and the seed alone, so the ranks' parts
-    together are the whole, padding included.
+    What records cover is only noted in ``copies``; it stands there after their ``run``. A piece
+    of a sequence should cost little whatever its size, so views are made once a batch and once a
+    record, and a piece is two slices of them.
     """
 
-    def __init__(self, spec: BatchSpec, num_experts: int, columns: Sequence[int] = ()) -> None:
-        self._policy = spec.pad
-        self._experts = num_experts
-        self._seed = np.array([spec.pad_seed % 2**64], np.uint64)
-        self._columns = np.array(columns, np.uint64)
+    def __init__(
+        self,
+        ids: Array,
+        valid: Valid,
+        columns: Sequence[int],
+        model: RecordMeta,
+        padding: Padding,
+        copies: Copies,
+    ) -> None:
+        self._ids = ids
+        self._valid = valid
+        self._padding = padding
+        self._copies = copies
+        self._blocks = blocks_of(columns)
+        whole = len(self._blocks) == 1 and len(columns) == model.layers
+        self._by_element = whole or ids.dtype != model.dtype or not ids.size
+        self._targets = [self._rows(ids[:, block]) for block, _ in self._blocks]
+        self._read: Record | None = None
+        self._sources: list[Array] = []
 
-    def fill(self, ids: Array, valid: Valid, at: int = 0) -> None:
-        """Fill ``ids`` ``[rows, layers, top_k]`` of the padded batch's rows from ``at`` on.
+    def pad(self, here: slice, at: int) -> None:
+        """Fill rows that no sequence has, the padded batch's from ``at`` on."""
+        self._padding.fill(self._ids[here], self._valid[here], at)
 
-        All of them are invalid, whatever the ids.
+    def fill(self, here: slice, segments: Sequence[Record], plan: Stitched, at: int = 0) -> None:
+        """Fill rows of one sequence, the padded batch's from ``at`` on."""
+        first_row = here.start
+        for first, count in plan.missing:
+            self.pad(slice(first_row + first, first_row + first + count), at + first)
+        if plan.tail:
+            self.pad(slice(here.stop - 1, here.stop), at + here.stop - 1 - first_row)
+        for target, index, source, count in plan.runs:
+            segment, begin = segments[index], first_row + target
+            stop = begin + count
+            for there, rows in zip(self._targets, self._rows_of(segment), strict=True):
+                self._copies.add(there[begin:stop], rows[source : source + count])
+            self._valid[begin:stop] = True
+            for row in segment.meta.invalid:
+                if source <= row < source + count:
+                    self._valid[begin + row - source] = False
+
+    def _rows_of(self, segment: Record) -> list[Array]:
+        if segment is not self._read:
+            self._sources = [self._rows(segment.ids[:, block]) for _, block in self._blocks]
+            self._read = segment
+        return self._sources
+
+    def _rows(self, ids: Array) -> Array:
+        """View each row ``[columns, top_k]`` as one element where no id is widened.
+
+        Of rows with gaps between them numpy copies element by element: halves the time of a slice.
         """
-        valid[:] = False
-        if self._policy == "mask":
-            ids[:] = 0
-            return
-        rows, layers, top_k = ids.shape
-        for first in range(0, rows, stretch := max(1, _AT_ONCE // max(1, layers * top_k))):
-            some = ids[first : first + stretch]
-            row = np.arange(at + first, at + first + len(some), dtype=np.uint64)
-            if self._policy == "spread":
-                some[:] = self._spread(row, top_k)[:, None]
-            else:
-                some[:] = self._random(row, top_k)
-
-    def _spread(self, row: Array, top_k: int) -> Array:
-        counted = row[:, None] * np.uint64(top_k) + np.arange(top_k, dtype=np.uint64)
-        return counted % np.uint64(self._experts)
-
-    def _random(self, row: Array, top_k: int) -> Array:
-        slot = self._columns[:, None] << np.uint64(32) | np.arange(top_k, dtype=np.uint64)
-        key = _scrambled(_scrambled(self._seed) + row)
-        return _scrambled(key[:, None, None] + slot) % np.uint64(self._experts)
+        if self._by_element:
+            return ids
+        row = _row_of(ids.dtype.itemsize * ids.shape[1] * ids.shape[2])
+        return ids.reshape(len(ids), -1).view(row)
 
 
-def _scrambled(numbers: Array) -> Array:
-    """Splitmix64: another number for each, all bits mixed; arithmetic is modulo 2**64."""
-    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+@lru_cache
+def _row_of(nbytes: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, nbytes))
 
 
 def columns_of(layers: int, moe_layers: Sequence[int], spec: BatchSpec) -> tuple[int, ...]:
@@ -77,54 +98,6 @@ def columns_of(layers: int, moe_layers: Sequence[int], spec: BatchSpec) -> tuple
     if spec.rank.dense_layers == "keep":
         return tuple(chosen)
     return tuple(layer for layer in chosen if layer in set(moe_layers))
-
-
-def fill(
-    ids: Array,
-    valid: Valid,
-    segments: Sequence[Record],
-    plan: Stitched,
-    blocks: Sequence[Block],
-    padding: Padding,
-    copies: Copies,
-    at: int = 0,
-) -> None:
-    """Fill rows of one sequence, the padded batch's from ``at`` on.
-
-    ``ids`` is ``[rows, columns, top_k]``, ``valid`` ``[rows]``.
-
-    What records cover is only noted in ``copies``; it stands there after their ``run``.
-    """
-    for first, count in plan.missing:
-        padding.fill(ids[first : first + count], valid[first : first + count], at + first)
-    if plan.tail:
-        padding.fill(ids[-1:], valid[-1:], at + len(ids) - 1)
-    for run in plan.runs:
-        segment, rows = segments[run.segment], slice(run.target, run.target + run.count)
-        source = segment.ids[run.source : run.source + run.count]
-        for target_columns, source_columns in blocks:
-            copies.add(*_by_rows(ids[rows, target_columns], source[:, source_columns]))
-        valid[rows] = True
-        for row in segment.meta.invalid:
-            if run.source <= row < run.source + run.count:
-                valid[run.target + row - run.source] = False
-
-
-def _by_rows(target: Array, source: Array) -> tuple[Array, Array]:
-    """View each row ``[columns, top_k]`` as one element where no id is widened.
-
-    Of rows with gaps between them numpy copies element by element: halves the time of a slice.
-    """
-    whole = source.flags.c_contiguous and target.flags.c_contiguous
-    if whole or target.dtype != source.dtype:
-        return target, source
-    row = _row_of(source.dtype.itemsize * source.shape[1] * source.shape[2])
-    return target.reshape(len(target), -1).view(row), source.reshape(len(source), -1).view(row)
-
-
-@lru_cache
-def _row_of(nbytes: int) -> np.dtype[np.void]:
-    return np.dtype((np.void, nbytes))
 
 
 def blocks_of(columns: Sequence[int]) -> list[Block]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from serve_app.assemble.copying import Copies
 from serve_app.assemble.destination import Allocate, Array, destination
-from serve_app.assemble.layout import Padding
+from serve_app.assemble.padding import Padding
 from serve_app.assemble.ranks import Piece, RankRows
 from serve_app.errors import RecordError
 from serve_app.types import BatchSpec, PackedExperts, RoutedSequence
