@@ -42,8 +42,10 @@ k8s-check: setup
 	$(BIN)/python -m tests.k8s.check
 	$(BIN)/python -m pytest tests/k8s
 
+# One JSON object a line. BENCH=transfer runs one of them.
+BENCH ?= transfer store decode engine
 bench: setup
-	$(BIN)/python -m benchmarks.transfer
+	@for one in $(BENCH); do $(BIN)/python -m benchmarks.$$one || exit 1; done
 
 # sdist, a wheel made from it, and the wheel at work in a venv that knows nothing of this tree.
 release: setup

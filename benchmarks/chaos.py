@@ -11,7 +11,6 @@ Ray's object stores are back at their start. Prints one JSON line; exits with 1 
 
 import argparse
 import gc
-import json
 import os
 import random
 import signal
@@ -36,6 +35,7 @@ from ray._private.internal_api import node_stats
 from ray.cluster_utils import Cluster
 
 from benchmarks.book import HANG_S, Book
+from benchmarks.lines import emit, only_lines
 from benchmarks.load import LEASE_S, Producing, Reading
 from benchmarks.machine import describe, versions
 from graphs.store import build
@@ -234,8 +234,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    found = chaos(options.minutes, options.seed)
-    print(json.dumps(found), flush=True)
+    with only_lines():
+        found = chaos(options.minutes, options.seed)
+    emit(found)
     sys.exit(bool(found["violations"]))
 
 

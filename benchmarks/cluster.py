@@ -1,13 +1,13 @@
 """A Ray of the benchmark's own, with the store and the decoder served on it."""
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray import serve
 
+from benchmarks.lines import only_lines
 from serve_app.config import DecoderArgs, ServeOptions, StoreArgs
 from serve_app.deployments.decoder import ExpertDecoder
 from serve_app.deployments.placement import near_bytes
@@ -25,10 +25,10 @@ def own_ray(object_store_bytes: int) -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
     )
-    try:
-        yield
-    finally:
-        with redirect_stdout(sys.stderr):  # Ray's farewell is no JSON line
+    with only_lines():
+        try:
+            yield
+        finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
 

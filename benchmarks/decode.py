@@ -7,7 +7,6 @@ ratio of two of them; promises about bytes are exact.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import ray
 
 from benchmarks.cluster import own_ray, serve_decoder, start
+from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
 from benchmarks.measuring import Path, Target, interleaved
 from benchmarks.rollouts import RolloutEngine, Shape
@@ -236,7 +236,7 @@ def main() -> None:
         serve_decoder(APP)
         asked = [Shape.parse(shape) for shape in shapes.split(",")]
         for line in lines(options.parts.split(","), asked, repeat, options.quick):
-            print(json.dumps({**about, "repeat": repeat, **line}), flush=True)
+            emit({**about, "repeat": repeat, **line})
 
 
 if __name__ == "__main__":

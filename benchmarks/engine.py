@@ -15,7 +15,6 @@ processed in every turn.
 
 import argparse
 import asyncio
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import ray
 
 from benchmarks.cluster import own_ray, start
+from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
 from benchmarks.measuring import Target, Times
 from examples.tiny_moe import write_checkpoint
@@ -303,13 +303,13 @@ def main() -> None:
             for line in measure_lmdeploy(Path(path), options):
                 about = {"benchmark": "engine", "backend": "lmdeploy", **line}
                 about |= {"repeat": options.repeat, "machine": describe(), "versions": versions()}
-                print(json.dumps(about), flush=True)
+                emit(about)
             return
         for name in options.models.split(","):
             for line in measure(name, Path(path), options):
                 about = {"benchmark": "engine", "model": name, **MODELS[name], **line}
                 about |= {"repeat": options.repeat, "machine": describe(), "versions": versions()}
-                print(json.dumps(about), flush=True)
+                emit(about)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ JSON line a part.
 
 import argparse
 import asyncio
-import json
 import random
 import tempfile
 import time
@@ -24,6 +23,7 @@ import torch
 from ray import serve
 
 from benchmarks.cluster import own_ray
+from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
 from benchmarks.measuring import Target, Times
 from examples.tiny_moe import write_checkpoint
@@ -199,7 +199,7 @@ async def measure(options: argparse.Namespace) -> None:
     ):
         about: Line = {"benchmark": "gpu", "model": QUICK if options.quick else REAL}
         about |= {"repeat": repeat, "machine": describe(), "versions": versions()}
-        print(json.dumps(about | {"gpu": torch.cuda.get_device_name()} | await line), flush=True)
+        emit(about | {"gpu": torch.cuda.get_device_name()} | await line)
 
 
 def main() -> None:

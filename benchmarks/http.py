@@ -23,6 +23,7 @@ from ray import serve
 
 from benchmarks.fast_engine import expected
 from benchmarks.http_graph import proxied_ray, served
+from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
 from benchmarks.processes import resident_mib
 from serve_app.client import RoutedExpertsClient
@@ -211,11 +212,11 @@ def main() -> None:
             with served(name, fast=fast) as url:
                 if args.rounds:
                     found = asyncio.run(compare(name, url, args, fast=fast))
-                    print(json.dumps({"part": "tokens", "engine": name, **found}), flush=True)
+                    emit({"part": "tokens", "engine": name, **found})
                 if args.minutes and fast:
                     held = asyncio.run(memory(name, url, args, fast=fast))
-                    print(json.dumps({"part": "memory", "engine": name, **held}), flush=True)
-    print(json.dumps({"machine": describe(), "versions": versions()}))
+                    emit({"part": "memory", "engine": name, **held})
+    emit({"machine": describe(), "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import aiohttp
 
 from benchmarks.fast_engine import expected
 from benchmarks.http_graph import proxied_ray, served
+from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
 from benchmarks.processes import kill_replica, resident_mib
 from serve_app.client import RoutedExpertsClient
@@ -294,8 +295,8 @@ def main() -> int:
         }
     for one in wrong[:10]:
         print(one, file=sys.stderr)
-    print(json.dumps(report), flush=True)
-    print(json.dumps({"machine": describe(), "versions": versions()}))
+    emit(report)
+    emit({"machine": describe(), "versions": versions()})
     return 1 if wrong or any(left) or ongoing else 0
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.http_graph import PORT, proxied_ray, served
+from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
 from benchmarks.processes import resident_mib
 from serve_app.client import RoutedExpertsClient
@@ -67,7 +68,7 @@ def measured(name: str, report: dict[str, Any]) -> Iterator[None]:
             for kind in ("proxy", "ingress")
         }
         line = {"part": name, **report, "seconds": round(took, 2), "mib": memory}
-        print(json.dumps(line), flush=True)
+        emit(line)
 
 
 def settled() -> dict[str, float]:
@@ -203,8 +204,8 @@ def main() -> None:
         last: dict[str, Any] = {}
         body = b'{"input_ids":[5],"max_tokens":1}'
         send(head("/generate", {"content-length": str(len(body))}), iter([body]), last)
-        print(json.dumps({"part": "afterwards", "answer": last["answer"]}), flush=True)
-    print(json.dumps({"machine": describe(), "versions": versions()}))
+        emit({"part": "afterwards", "answer": last["answer"]})
+    emit({"machine": describe(), "versions": versions()})
 
 
 if __name__ == "__main__":

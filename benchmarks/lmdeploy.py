@@ -4,7 +4,7 @@
 
 Without CUDA the real engine runs on the CPU operators of tests/lmdeploy. ``off`` is an engine that
 records nothing; ``key`` one whose replica puts each rollout's routes; both have a prefix cache and
-hold the same conversation, turn by turn. The lag is that of a task that wants to wake every half a
+hold the same conversation, turn by turn. The lag is that of a task that wants to wake every
 millisecond, its longest from LMDeploy's last output with 12 MB of rows to the key: ``key`` is what
 a replica does then, ``theirs`` LMDeploy's own blocking put into its own actor, ``idle`` nothing.
 The model's steps would hide it: on a CPU they run on that loop too.
@@ -37,7 +37,7 @@ from serve_app.types import GenerateRequest
 TALKING: dict[str, Any] = {"hidden": 128, "layers": 4, "experts": 16, "top_k": 4}
 ROWS = (16_384, 48, 8)  # 2 bytes an id for more than 256 experts: 12 MiB
 EXPERTS = 512
-TICK_S = 0.0005
+TICK_S = 0.001  # a loop of libuv counts whole milliseconds
 IDLE_S = 0.03
 STORMY: dict[str, Any] = {
     "backend": "lmdeploy",

@@ -13,7 +13,7 @@ import ray
 from serve_app.records import Record, make_record
 from serve_app.store.client import ShardStore, connect
 
-TICK_S = 0.0005
+TICK_S = 0.001  # a loop of libuv counts whole milliseconds
 
 
 class Producer:

@@ -10,7 +10,6 @@ same tokens. Prints one JSON line; memory is that of the process a quarter in, a
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.lines import emit
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.engine import InferenceEngine
@@ -249,7 +249,7 @@ def main() -> None:
         engine_args = STORMY
     with tempfile.TemporaryDirectory() as path:
         found = asyncio.run(storm(Path(path), options.requests, options.seed, **engine_args))
-    print(json.dumps({"benchmark": "storm", "backend": options.backend, **found}))
+    emit({"benchmark": "storm", "backend": options.backend, **found})
 
 
 if __name__ == "__main__":

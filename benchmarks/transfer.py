@@ -9,7 +9,6 @@ are put again before each round, outside its time.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import ray
 import torch
 
 from benchmarks.cluster import own_ray, serve_decoder, start
+from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
 from benchmarks.measuring import Path, Target, Times, interleaved
 from benchmarks.rollouts import RolloutEngine, Shape
@@ -149,7 +149,7 @@ def main() -> None:
         serve_decoder(APP)
         for shape in map(Shape.parse, shapes.split(",")):
             times = measure(shape, options.num_experts, repeat)
-            print(json.dumps(report(shape, options.num_experts, repeat, times)), flush=True)
+            emit(report(shape, options.num_experts, repeat, times))
 
 
 if __name__ == "__main__":

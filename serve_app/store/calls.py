@@ -90,12 +90,15 @@ class ShardCalls:
             if not sent:
                 time.sleep(left)
                 return
-            ready, _ = ray.wait(list(sent), num_returns=1, timeout=left)
+            only = next(iter(sent)) if len(sent) == 1 else None  # to wait for it is to get it
+            ready = [only] if only else ray.wait(list(sent), num_returns=1, timeout=left)[0]
             for ref in ready:
                 shard = sent.pop(ref)
                 try:
-                    replies[shard] = ray.get(ref)
+                    replies[shard] = ray.get(ref, timeout=left)
                     waiting.discard(shard)
+                except GetTimeoutError:
+                    sent[ref] = shard
                 except RayTaskError as error:
                     raise translate(error, shard) from None
                 except RayError as error:

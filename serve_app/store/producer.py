@@ -19,7 +19,7 @@ from serve_app.store.offers import Offer
 
 _IN_FLIGHT = 2
 _BATCH_RECORDS = 32
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 128 << 20
 
 Waiting = tuple[Offer, Record, asyncio.Future[str]]
 Send = Callable[[Sequence[tuple[Offer, Record]]], Awaitable[list[str | StoreError]]]
