@@ -5,7 +5,7 @@
 Lengths, stops, seeds, aborts, closed streams, groups, resumed rollouts and two weight updates.
 Every key is checked as it comes: rows, token hashes, ids in range, the version of each part. At
 the end nothing may be left in the store, and requests with a seed, sampled again alone, give the
-same tokens. Prints one JSON line; memory is that of the process a quarter in, and at the end.
+same tokens. Prints one JSON line; memory is that of the process after each eighth of the requests.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.lines import emit
+from benchmarks.lines import emit, only_lines
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.engine import InferenceEngine
@@ -199,22 +199,21 @@ async def storm(path: Path, requests: int, seed: int, **engine_args: Any) -> dic
     first = {name: value.clone() for name, value in model.state_dict().items()}
     weights = [first, *({name: w * by for name, w in first.items()} for by in (0.8, 1.1))]
     updates: list[tuple[int, UpdateMode]] = [(1, "abort"), (2, "drain")]
-    numbers, memory = iter(range(requests)), 0.0
+    numbers, memory = iter(range(requests)), list[float]()
 
     async def send_on() -> None:
-        nonlocal memory
         for number in numbers:
             if number in (requests // 3, 2 * requests // 3):
                 version, mode = updates.pop(0)
                 await engine.update_weights(pack(weights[version]), version, mode)
-            if number == requests // 4:
-                memory = resident_mib()
+            if number and number % (requests // 8) == 0:
+                memory.append(resident_mib())
             await run.send(number)
 
     async with asyncio.TaskGroup() as senders:
         for _ in range(AT_ONCE):
             senders.create_task(send_on())
-    grown = resident_mib() - memory
+    memory.append(resident_mib())
     assert await engine.abort() == 0
     store.release([kept.key for kept in run.kept])
     replayed = await run.replay(weights)
@@ -231,7 +230,7 @@ async def storm(path: Path, requests: int, seed: int, **engine_args: Any) -> dic
         "puts": after.shards[0].puts,
         "left_keys": left_keys,
         "left_bytes": left_bytes,
-        "memory_mib": {"quarter": round(memory), "grown": round(grown, 1)},
+        "memory_mib": [round(mib, 1) for mib in memory],
     }
 
 
@@ -247,7 +246,7 @@ def main() -> None:
 
         without_cuda()
         engine_args = STORMY
-    with tempfile.TemporaryDirectory() as path:
+    with tempfile.TemporaryDirectory() as path, only_lines():
         found = asyncio.run(storm(Path(path), options.requests, options.seed, **engine_args))
     emit({"benchmark": "storm", "backend": options.backend, **found})
 

@@ -60,13 +60,13 @@ def output(command: Sequence[str], cwd: Path) -> str:
 
 
 @contextmanager
-def running(command: Sequence[str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command in its own process group and end the whole group afterwards."""
     with (cwd / "log").open("wb") as log:
         process = subprocess.Popen(
             [str(BIN / command[0]), *command[1:]],
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": ROOT, "RAY_ADDRESS": ""},
+            env={**os.environ, "PYTHONPATH": ROOT, "RAY_ADDRESS": "", **env},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -128,6 +128,24 @@ def test_serve_run(shipped: tuple[Path, dict[str, Any], int]) -> None:
         }
         answer = requests.post(f"http://127.0.0.1:{port}/generate", json=body, timeout=60).json()
         assert isinstance(answer["meta_info"]["routed_experts"], str)
+
+
+def test_serve_run_without_a_gpu_says_so_in_one_sentence(
+    shipped: tuple[Path, dict[str, Any], int],
+) -> None:
+    folder, _, port = shipped
+    config = yaml.safe_load((ROLLOUT_YAML.parent / "lmdeploy.yaml").read_text())
+    config["http_options"]["port"] = port
+    (folder / "lmdeploy.yaml").write_text(yaml.safe_dump(config))
+    said = folder / "log"
+    command = ["serve", "run", "lmdeploy.yaml", "-a", "local"]
+    with running(command, folder, CUDA_VISIBLE_DEVICES="") as process:
+        deadline, tick = time.monotonic() + 120, threading.Event()
+        while "asks for 1 GPU a replica and this cluster has 0" not in said.read_text():
+            assert process.poll() is None, said.read_text()
+            assert time.monotonic() < deadline, said.read_text()
+            tick.wait(0.2)
+    assert "Traceback" not in said.read_text()
 
 
 def test_serve_deploy_and_redeploy_keep_every_key(
