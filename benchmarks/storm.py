@@ -35,6 +35,7 @@ from serve_app.weights import pack
 
 AT_ONCE = 40
 EXPERTS = 16
+KEPT = 50  # rollouts that may be resumed; more would be the storm's own growth
 REPLAYED = 10  # requests sampled again alone, of each version
 
 Weights = dict[str, torch.Tensor]
@@ -144,7 +145,7 @@ class Storm:
                 known = self.seeded.setdefault(result.weight_version, [])
                 if len(known) < REPLAYED:  # what the storm keeps is not what the engine keeps
                     known.append((alone, result.output_ids))
-        if len(tokens) < 900 and self.dice.random() < 0.4:
+        if len(tokens) < 900 and len(self.kept) < KEPT and self.dice.random() < 0.4:
             self.kept.append(Kept(result.routed_experts, tokens, parts))
         else:
             self.store.release([result.routed_experts])

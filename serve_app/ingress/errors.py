@@ -38,6 +38,10 @@ class Forbidden(InvalidRequest):
     """Something that this server's configuration does not allow to anybody."""
 
 
+class NotAcceptable(InvalidRequest):
+    """No form of the answer that the client accepts."""
+
+
 _STATUS: dict[type[R3Error], int] = {
     InvalidRequest: 400,
     PrefixMismatch: 400,
@@ -46,6 +50,7 @@ _STATUS: dict[type[R3Error], int] = {
     WeightsMismatch: 400,
     Forbidden: 403,
     UnknownModel: 404,
+    NotAcceptable: 406,
     UnknownKey: 404,
     KeyUnreadable: 404,
     EngineOverloaded: 429,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from serve_app.ingress.errors import NotAcceptable
 from serve_app.records import Record
 from serve_app.types import PackedExperts
 from serve_app.wire.ours import to_bytes
@@ -41,8 +42,11 @@ class Encoded:
                 yield bytes(part[first : first + _PIECE])
 
 
-def acceptable(accept: str | None, kinds: Sequence[str]) -> str | None:
-    """Return which of ``kinds`` a client would rather have; the first one if it does not care."""
+def acceptable(accept: str | None, kinds: Sequence[str]) -> str:
+    """Return which of ``kinds`` a client would rather have; the first one if it does not care.
+
+    Raises `NotAcceptable` where it takes none of them.
+    """
     best, weight = None, 0.0
     for place in (accept or "*/*").split(","):
         wanted, *options = (piece.strip().lower() for piece in place.split(";"))
@@ -51,6 +55,8 @@ def acceptable(accept: str | None, kinds: Sequence[str]) -> str | None:
             fits = wanted in (kind, "*/*", "application/*", "application/octet-stream")
             if fits and quality > weight:
                 best, weight = kind, quality
+    if best is None:
+        raise NotAcceptable(f"expected to accept one of {', '.join(kinds)}, got {accept!r}")
     return best
 
 

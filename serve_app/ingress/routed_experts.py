@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
 
 from serve_app.errors import InvalidRequest, R3Error
-from serve_app.ingress.errors import Forbidden, documented, failure
+from serve_app.ingress.errors import Forbidden, NotAcceptable, documented
 from serve_app.ingress.formats import (
     NPY,
     OF_BATCHES,
@@ -135,8 +135,6 @@ def _binary(kinds: tuple[str, ...]) -> dict[int | str, dict[str, Any]]:
 async def fetch(body: FetchBody, edge: Edge, accept: Accept = None) -> Response:
     """Return a key's rows: r3serve's own form with everything, ``.npy``, or safetensors."""
     kind = acceptable(accept, OF_RECORDS)
-    if kind is None:
-        return failure(406, f"expected to accept one of {', '.join(OF_RECORDS)}")
     most = edge.args.max_answer_bytes
 
     def read(reader: Reader, _: RecordStore) -> tuple[Encoded, RecordMeta]:
@@ -159,8 +157,6 @@ async def fetch(body: FetchBody, edge: Edge, accept: Accept = None) -> Response:
 async def materialize(body: MaterializeBody, edge: Edge, accept: Accept = None) -> Response:
     """Return many keys as one batch: ids, validity, boundaries; ``.npy`` if every row is real."""
     kind = acceptable(accept, OF_BATCHES)
-    if kind is None:
-        return failure(406, f"expected to accept one of {', '.join(OF_BATCHES)}")
     most = edge.args.max_answer_bytes
     total = sum(sequence.length for sequence in body.sequences)
     if total > most:
@@ -181,7 +177,7 @@ async def materialize(body: MaterializeBody, edge: Edge, accept: Accept = None) 
     except (ValueError, OverflowError) as error:
         raise InvalidRequest(str(error)) from None
     if kind == NPY and not batch.valid.all():
-        return failure(406, "some rows are not valid, which .npy cannot say: accept safetensors")
+        raise NotAcceptable("some rows are not valid, which .npy cannot say: accept safetensors")
     return _streamed(encode_batch(batch, kind), {})
 
 

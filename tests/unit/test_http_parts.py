@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.config import IngressArgs, ProxyArgs, proxy_args
 from serve_app.ingress.auth import Caller, KeyRing, Refusal
+from serve_app.ingress.errors import NotAcceptable
 from serve_app.ingress.events import Json
 from serve_app.ingress.formats import NPY, OF_RECORDS, OURS, SAFETENSORS, acceptable
 from serve_app.ingress.limits import Busy, Load
@@ -85,12 +86,16 @@ def test_load_is_counted_where_it_is_sampled() -> None:
         ("application/octet-stream", OURS),
         (NPY, NPY),
         (f"text/html, {SAFETENSORS};q=0.5, {NPY};q=0.4", SAFETENSORS),
-        (f"{NPY};q=0, {OURS};q=x", None),
-        ("text/html", None),
     ],
 )
 def test_the_form_is_what_the_client_would_rather_have(accept: str | None, kind: str) -> None:
     assert acceptable(accept, OF_RECORDS) == kind
+
+
+@pytest.mark.parametrize("accept", [f"{NPY};q=0, {OURS};q=x", "text/html"])
+def test_a_client_that_takes_no_form_hears_which_there_are(accept: str) -> None:
+    with pytest.raises(NotAcceptable, match=f"one of {OURS}, .*, got '{accept[:9]}"):
+        acceptable(accept, OF_RECORDS)
 
 
 async def test_arrays_become_nested_lists_in_json() -> None:
