@@ -157,6 +157,27 @@ def used_bytes() -> int:
     return sum(found.store_stats.object_store_bytes_used for found in stats)
 
 
+def held() -> list[str]:
+    """Say which processes hold objects of some size: what `ray memory` shows."""
+    said = list[str]()
+    for node in _live_nodes().values():
+        stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], True)  # type: ignore[no-untyped-call]
+        said += [
+            f"{_name_of(worker.pid)}: {ref.object_size} bytes, {ref.local_ref_count} references,"
+            f" pinned {ref.pinned_in_memory}, {ref.call_site}"
+            for worker in stats.core_workers_stats
+            for ref in worker.object_refs
+            if ref.object_size > SLACK_BYTES // 16
+        ]
+    return said
+
+
+def _name_of(pid: int) -> str:
+    path = Path(f"/proc/{pid}/cmdline")
+    title = path.read_text().split("\0")[0] if path.exists() else "gone"
+    return f"{title} ({pid})"
+
+
 def _live_nodes() -> dict[str, Any]:
     nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"][:10]: node for node in nodes if node["Alive"]}
@@ -209,7 +230,7 @@ def chaos(minutes: float, seed: int) -> dict[str, Any]:
             gc.collect()  # errors that Ray and Serve keep in cycles, with what their frames hold
             _wait_for("the object stores", lambda: used_bytes() <= before + SLACK_BYTES)
         except TimeoutError as error:
-            book.violate(str(error))
+            book.violate(f"{error}: {'; '.join(held())}")
         return {
             "benchmark": "chaos",
             "minutes": minutes,

@@ -4,6 +4,20 @@ Each takes one positional message: errors with other constructors lose their typ
 cross a Serve handle (measured on Ray 2.58).
 """
 
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
+
+def without_frames(error: E) -> E:
+    """Return an error that is to be kept, without the frames that it was raised in.
+
+    Kept with them it is part of a cycle, and so is what those frames, and the frames that called
+    them, had read: an idle process would pin those bytes until its garbage collector comes by.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
 
 class R3Error(Exception):
     """Base of everything r3serve raises on purpose."""

@@ -22,7 +22,7 @@ from serve_app.deployments.context import connect_store
 from serve_app.deployments.metrics import DecoderMetrics
 from serve_app.deployments.store import ExpertStore
 from serve_app.deployments.underway import Underway
-from serve_app.errors import R3Error
+from serve_app.errors import R3Error, without_frames
 from serve_app.materialize import materialize
 from serve_app.store.base import RecordStore
 from serve_app.store.directory import this_node
@@ -91,7 +91,7 @@ class ExpertDecoder:
         except R3Error as error:
             # Serve and Ray keep errors in cycles: with its frames this one would pin the records
             # that were fetched until the garbage collector comes by.
-            raise error.with_traceback(None) from None
+            raise without_frames(error) from None
 
     def _bounded(
         self, shape: tuple[int, ...], dtype: np.dtype[Any], make: Allocate = np.empty

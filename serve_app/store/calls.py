@@ -20,7 +20,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from serve_app.errors import R3Error, RoutesLost, StoreUnavailable
+from serve_app.errors import R3Error, RoutesLost, StoreUnavailable, without_frames
 from serve_app.store.base import Unreadable
 from serve_app.store.directory import find_directory, find_shard
 from serve_app.store.keys import parse
@@ -104,7 +104,7 @@ class ShardCalls:
                 except RayError as error:
                     self._handles.pop(shard, None)
                     if isinstance(replies.get(shard, error), RayError):
-                        replies[shard] = error
+                        replies[shard] = without_frames(error)
 
     def _is_open(self, reply: Any, waited_s: float) -> bool:
         """Whether a shard's answer may still come."""
@@ -131,7 +131,7 @@ class ShardCalls:
         try:
             reasons: list[Unreadable] = self._directory(lambda actor: actor.explain.remote(keys))
         except StoreUnavailable as error_there:
-            return dict.fromkeys(keys, error_there)
+            return dict.fromkeys(keys, without_frames(error_there))
         return dict(zip(keys, reasons, strict=True))
 
     def moved(self, epochs: list[int]) -> dict[int, str]:

@@ -30,6 +30,7 @@ from serve_app.errors import (
     StoreError,
     StoreUnavailable,
     UnknownKey,
+    without_frames,
 )
 from serve_app.records import raw_record
 from serve_app.store.base import Segments
@@ -133,7 +134,7 @@ class CompatStore:
             try:
                 answers.append(_whole(found) if isinstance(found, list) else found)
             except R3Error as error:
-                answers.append(error)
+                answers.append(without_frames(error))
             if isinstance(found, list) and not isinstance(answers[-1], R3Error):
                 raw[key] = found[-1].meta.raw is not None
         with suppress(StoreUnavailable):  # the bytes are here; the keys end with their leases

@@ -17,7 +17,7 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.config import CompatNamespace, StoreArgs
-from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
+from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable, without_frames
 from serve_app.store.keys import verify
 from serve_app.store.shard import Shard, ShardIdentity
 
@@ -80,7 +80,7 @@ class Directory:
             try:
                 verify(key, self._app, *self._secrets)
             except KeyUnreadable as why:
-                reasons.append(why)
+                reasons.append(without_frames(why))
             else:
                 reasons.append(RoutesLost("the shard that held the bytes is gone"))
         return reasons

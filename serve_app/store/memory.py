@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from serve_app.config import StoreArgs
-from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull
+from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull, without_frames
 from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store.base import Segments, Unreadable
 from serve_app.store.keys import Key, verify
@@ -72,7 +72,7 @@ class MemoryStore:
                 try:
                     chain = self._ledger.read(self._seq(text), self._clock())
                 except KeyUnreadable as why:
-                    answers.append(why)
+                    answers.append(without_frames(why))
                     continue
                 self._counts["gets"] += 1
                 answers.append([Record(meta, ids) for meta, ids in chain])
@@ -87,7 +87,7 @@ class MemoryStore:
                 try:
                     answers.append(self._ledger.describe(self._seq(text)))
                 except KeyUnreadable as why:
-                    answers.append(why)
+                    answers.append(without_frames(why))
         return answers
 
     async def adescribe(self, key: str) -> list[RecordMeta] | Unreadable:

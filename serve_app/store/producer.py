@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 
-from serve_app.errors import StoreError
+from serve_app.errors import StoreError, without_frames
 from serve_app.records import Record
 from serve_app.store.offers import Offer
 
@@ -50,6 +50,8 @@ class Producer:
             answers: Sequence[str | Exception]
             try:
                 answers = await self._send([(offer, record) for offer, record, _ in batch])
+            except StoreError as error:
+                answers = [without_frames(error)] * len(batch)
             except Exception as error:  # noqa: BLE001  (whatever it is belongs to the callers)
                 answers = [error] * len(batch)
             for (_, _, done), answer in zip(batch, answers, strict=True):

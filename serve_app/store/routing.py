@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
+from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable, without_frames
 from serve_app.store.base import Unreadable
 from serve_app.store.calls import Actor, ShardCalls
 from serve_app.store.keys import parse
@@ -31,7 +31,7 @@ class KeyRouter:
             try:
                 key = parse(text, self._app)
             except KeyUnreadable as why:
-                foreign[text] = why
+                foreign[text] = without_frames(why)
                 continue
             groups.setdefault(self._moved.get(key.epoch, key.shard), []).append(text)
         return groups, foreign
@@ -60,7 +60,7 @@ class KeyRouter:
             try:
                 groups, _ = self.by_shard(self.restored(lost))
             except StoreUnavailable as error:  # then nobody knows whether they were restored
-                unreadable.update(dict.fromkeys(lost, error))
+                unreadable.update(dict.fromkeys(lost, without_frames(error)))
                 return unreadable
             for text in itertools.chain.from_iterable(groups.values()):
                 del unreadable[text]

@@ -23,6 +23,7 @@ from serve_app.errors import (
     StoreError,
     StoreFull,
     StoreUnavailable,
+    without_frames,
 )
 from serve_app.event_log import log_event
 from serve_app.records import RecordMeta
@@ -137,7 +138,7 @@ class Shard:
             try:
                 collected.add(self._holdings.ledger.read(self._find(text), begun))
             except KeyUnreadable as why:
-                collected.miss(why)
+                collected.miss(without_frames(why))
                 continue
             self._holdings.counts.gets += 1
         self._metrics.took("read", time.monotonic() - begun)
@@ -150,7 +151,7 @@ class Shard:
             try:
                 answers.append(self._holdings.ledger.describe(self._find(text)))
             except KeyUnreadable as why:
-                answers.append(why)
+                answers.append(without_frames(why))
         return answers
 
     async def page(self, tag: str | None, first: int) -> tuple[Page, ReadAnswer]:
@@ -221,11 +222,11 @@ class Shard:
             parent = None if offer.parent is None else self._find(offer.parent)
         except KeyUnreadable as why:
             self._holdings.drop(payload)
-            return why
+            return without_frames(why)
         try:
             seq = self._holdings.keep(offer, payload, self._args.lease_s, parent)
         except KeyUnreadable as why:
-            return why
+            return without_frames(why)
         return self._epochs.sign(seq)
 
     def _find(self, text: str) -> int:
