@@ -43,8 +43,12 @@ class Producer:
         keys: list[str] = await asyncio.gather(*(put(record.ids) for record in self._records))
         return keys
 
-    async def round_trip(self, release: bool) -> None:
-        """Put all records and read them back; release them, too, or leave that to `give_up`."""
+    async def round_trip(self, release: bool) -> tuple[float, float]:
+        """Put all records and read them back; release them, too, or leave that to `give_up`.
+
+        Returns when that began and when it ended.
+        """
+        begun = time.perf_counter()
         self._keys = await self.put()
         found = await asyncio.to_thread(self._store.fetch, self._keys)
         for record, segments in zip(self._records, found, strict=True):
@@ -52,17 +56,20 @@ class Producer:
             _check(record, segments[0].ids)
         if release:
             await self.give_up()
+        return begun, time.perf_counter()
 
     async def give_up(self) -> None:
         """Release what the last round trip put."""
         await asyncio.to_thread(self._store.release, self._keys)
 
-    async def round_trip_upstream(self) -> None:
-        """Put all records and read them back."""
+    async def round_trip_upstream(self) -> tuple[float, float]:
+        """Put all records and read them back; return when that began and when it ended."""
+        begun = time.perf_counter()
         get = self._upstream.get.remote
         found = await asyncio.gather(*(get(key) for key in await self.put_upstream()))
         for record, ids in zip(self._records, found, strict=True):
             _check(record, ids)
+        return begun, time.perf_counter()
 
     async def fill(self, total: int, keep: int) -> list[str]:
         """Put so many copies of the first record; return some of their keys, at random.

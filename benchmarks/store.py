@@ -18,7 +18,7 @@ import ray
 from benchmarks.cluster import own_ray, start
 from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
-from benchmarks.measuring import Path, Target, Times, interleaved
+from benchmarks.measuring import Path, Target, Times, Took, interleaved
 from benchmarks.producers import Producer
 from benchmarks.upstream import SharedStore
 from serve_app.config import StoreArgs
@@ -81,16 +81,17 @@ def round_trips(repeat: int, quick: bool) -> Iterator[Line]:
         for number in (1, 4) if quick else (1, 4, 16):
             producers = make_producers("round_trips", shape, number, IN_FLIGHT)
 
-            def together(method: str, *args: bool, producers: list[Any] = producers) -> object:
-                return ray.get([getattr(producer, method).remote(*args) for producer in producers])
+            def together(method: str, *args: bool, producers: list[Any] = producers) -> Took:
+                return Took.over(
+                    ray.get([getattr(producer, method).remote(*args) for producer in producers])
+                )
+
+            def give_up(producers: list[Any] = producers) -> None:
+                ray.get([producer.give_up.remote() for producer in producers])
 
             paths = [
-                Path("ours", lambda _: together("round_trip", False), lambda: together("give_up")),
-                Path(
-                    "ours_and_release",
-                    lambda _: together("round_trip", True),
-                    lambda: together("give_up"),
-                ),
+                Path("ours", lambda _: together("round_trip", False), give_up),
+                Path("ours_and_release", lambda _: together("round_trip", True), give_up),
                 Path("upstream", lambda _: together("round_trip_upstream")),
             ]
             nbytes = number * IN_FLIGHT * int(np.prod(shape))

@@ -5,12 +5,14 @@ Serve adds deployment, replica and application to the metrics of its replicas; R
 name with the prefix ``ray_``.
 """
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray.serve import metrics
 
+_ANSWERED_S = 0.01
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
 
@@ -24,6 +26,11 @@ class Instrument:
 
 
 Declared = Mapping[str, Instrument]
+
+
+def after_answering(report: Callable[[], None]) -> None:
+    """Report a little later on the running loop, in this call's context: its caller waits."""
+    asyncio.get_running_loop().call_later(_ANSWERED_S, report)
 
 
 class Instruments:

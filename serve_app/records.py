@@ -6,7 +6,7 @@ while the model processed token ``start + j``. P prompt and G returned tokens ha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -225,16 +225,17 @@ def part_of(record: Record, first: int, stop: int, tokens: Sequence[int] | None 
     ``tokens`` are those of the whole sequence, from position 0 on; without them the part has no
     token hash.
     """
-    rows = slice(first - record.start, stop - record.start)
-    return make_record(
-        record.ids[rows],
-        num_experts=record.num_experts,
+    begin, end = first - record.start, stop - record.start
+    ids = record.ids[begin:end]
+    meta = replace(
+        record.meta,
+        rows=len(ids),
         start=first,
-        moe_layers=record.moe_layers,
-        weight_version=record.weight_version,
-        tokens=None if tokens is None else tokens[first:stop],
-        valid=record.valid[rows] if record.meta.invalid else None,
+        checksum=checksum(ids),
+        token_hash=None if tokens is None else hash_tokens(tokens[first:stop]),
+        invalid=tuple(row - begin for row in record.meta.invalid if begin <= row < end),
     )
+    return Record(meta, ids)
 
 
 def new_part_of(record: Record, covered: int, tokens: Sequence[int] | None = None) -> Record:

@@ -3,7 +3,6 @@
 from dataclasses import fields
 from pathlib import Path
 
-import ray
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +12,10 @@ from serve_app.cli.progress import progress_bar
 from serve_app.errors import R3Error
 from serve_app.store import archive
 from serve_app.store.client import connect
-from serve_app.store.directory import list_actors
+from serve_app.store.directory import remove_actors
 from serve_app.types import ShardStats, StoreStats
+
+_REMOVE_S = 30.0
 
 store = typer.Typer(no_args_is_help=True, help="The expert store of a served application.")
 
@@ -34,12 +35,13 @@ def status(app: str, address: Address = "auto") -> None:
 def destroy(app: str, address: Address = "auto") -> None:
     """Remove APP's shards now, with every record in them."""
     attach(address)
-    actors = list_actors(app)
-    if not actors:
+    try:
+        removed = remove_actors(app, _REMOVE_S)
+    except R3Error as error:
+        raise sorry(str(error)) from None
+    if not removed:
         raise sorry(f"no expert store of an application named {app!r} runs in this cluster")
-    for actor in actors:
-        ray.kill(actor)
-    Console().print(f"removed {len(actors)} actors of {app}")
+    Console().print(f"removed {removed} actors of {app}")
 
 
 @store.command()

@@ -19,7 +19,7 @@ from serve_app.assemble.destination import Allocate
 from serve_app.assemble.ranks import Piece
 from serve_app.config import DecoderArgs, StoreArgs
 from serve_app.deployments.context import connect_store
-from serve_app.deployments.metrics import DecoderMetrics
+from serve_app.deployments.metrics import DecoderAnswer, DecoderMetrics
 from serve_app.deployments.store import ExpertStore
 from serve_app.deployments.underway import Underway
 from serve_app.errors import R3Error, without_frames
@@ -27,7 +27,7 @@ from serve_app.materialize import materialize
 from serve_app.store.base import RecordStore
 from serve_app.store.directory import this_node
 from serve_app.store.shard import default_budget
-from serve_app.types import BatchSpec, PackedExperts, RoutedSequence
+from serve_app.types import BatchSpec, MissingRows, PackedExperts, RoutedSequence
 
 _KEPT_BYTES = 256 << 20
 
@@ -60,34 +60,33 @@ class ExpertDecoder:
         """
         if self._store is None:
             self._store = await connect_store(self._store_args, self._supervisor)
-        work = functools.partial(
-            self._materialize, self._store, sequences, spec, pieces=pieces, allocate=self._bounded
-        )
-        if self._store_args.backend == "memory":
-            return await asyncio.to_thread(work)
-        ref, nbytes = await asyncio.to_thread(self._put, work)
-        self._underway.keep(ref, nbytes)
-        return [ref]
-
-    def _materialize(
-        self, store: RecordStore, sequences: Sequence[RoutedSequence], spec: BatchSpec, **how: Any
-    ) -> PackedExperts:
         begun = time.monotonic()
+        work = functools.partial(
+            materialize, self._store, sequences, spec, pieces=pieces, allocate=self._bounded
+        )
+        answer: PackedExperts | list[ray.ObjectRef[PackedExperts]]
         try:
-            packed = materialize(store, sequences, spec, **how)
+            if self._store_args.backend == "memory":
+                answer = packed = await asyncio.to_thread(work)
+                nbytes, missing = packed.ids.nbytes, packed.missing
+            else:
+                ref, nbytes, missing = await asyncio.to_thread(self._put, work)
+                self._underway.keep(ref, nbytes)
+                answer = [ref]
         except R3Error as error:
             self._metrics.refused(error)
             raise
-        self._metrics.answered(packed, len(sequences), time.monotonic() - begun)
-        return packed
+        seconds = time.monotonic() - begun
+        self._metrics.answered(DecoderAnswer(nbytes, len(sequences), missing, seconds))
+        return answer
 
     def _put(
         self, work: Callable[..., PackedExperts]
-    ) -> "tuple[ray.ObjectRef[PackedExperts], int]":
+    ) -> "tuple[ray.ObjectRef[PackedExperts], int, tuple[MissingRows, ...]]":
         try:
             with self._workspace.lend() as allocate:
                 packed = work(allocate=functools.partial(self._bounded, make=allocate))
-                return ray.put(packed), packed.ids.nbytes
+                return ray.put(packed), packed.ids.nbytes, packed.missing
         except R3Error as error:
             # Serve and Ray keep errors in cycles: with its frames this one would pin the records
             # that were fetched until the garbage collector comes by.

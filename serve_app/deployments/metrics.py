@@ -1,12 +1,14 @@
 """What each deployment exports and logs; names, labels and meaning are in docs/metrics.md."""
 
+import functools
 from collections import Counter
+from dataclasses import dataclass
 
 from serve_app.errors import R3Error
 from serve_app.event_log import log_event
-from serve_app.instruments import Instrument, Instruments
+from serve_app.instruments import Instrument, Instruments, after_answering
 from serve_app.store.keys import shorten
-from serve_app.types import GenerateResult, PackedExperts, WeightsResult
+from serve_app.types import GenerateResult, MissingRows, WeightsResult
 
 ENGINE = {
     "r3serve_engine_rollouts_total": Instrument(
@@ -43,6 +45,16 @@ STORE = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderAnswer:
+    """What is told of a materialized batch: its ids' size, and how long it took."""
+
+    nbytes: int
+    sequences: int
+    missing: tuple[MissingRows, ...]
+    seconds: float
+
+
 class EngineMetrics:
     """Reports the rollouts and weights of one engine replica."""
 
@@ -50,7 +62,10 @@ class EngineMetrics:
         self._instruments = Instruments(ENGINE)
 
     def finished(self, result: GenerateResult, seconds: float) -> None:
-        """Report one rollout."""
+        """Report one rollout, once it is answered; on the event loop."""
+        after_answering(functools.partial(self._finished, result, seconds))
+
+    def _finished(self, result: GenerateResult, seconds: float) -> None:
         report = self._instruments
         report.count("r3serve_engine_rollouts_total", finish_reason=result.finish_reason)
         report.count("r3serve_engine_prompt_tokens_total", result.prompt_tokens)
@@ -87,29 +102,32 @@ class EngineMetrics:
 
 
 class DecoderMetrics:
-    """Reports the answers of one decoder replica; called from its worker threads."""
+    """Reports the answers of one decoder replica."""
 
     def __init__(self) -> None:
         self._instruments = Instruments(DECODER)
 
-    def answered(self, packed: PackedExperts, sequences: int, seconds: float) -> None:
-        """Report one batch."""
+    def answered(self, answer: DecoderAnswer) -> None:
+        """Report one batch, once it is answered; on the event loop."""
+        after_answering(functools.partial(self._answered, answer))
+
+    def _answered(self, answer: DecoderAnswer) -> None:
         report = self._instruments
         report.count("r3serve_decoder_answers_total")
-        report.count("r3serve_decoder_answer_bytes_total", packed.ids.nbytes)
-        report.count("r3serve_decoder_sequences_total", sequences)
-        report.took("r3serve_decoder_materialize_seconds", seconds)
+        report.count("r3serve_decoder_answer_bytes_total", answer.nbytes)
+        report.count("r3serve_decoder_sequences_total", answer.sequences)
+        report.took("r3serve_decoder_materialize_seconds", answer.seconds)
         masked = Counter[str]()
-        for missing in packed.missing:
+        for missing in answer.missing:
             masked[missing.reason] += missing.count
         for reason, rows in masked.items():
             report.count("r3serve_decoder_masked_rows_total", rows, reason=reason)
         log_event(
             "materialized",
-            sequences=sequences,
-            nbytes=packed.ids.nbytes,
+            sequences=answer.sequences,
+            nbytes=answer.nbytes,
             masked_rows=masked.total(),
-            seconds=round(seconds, 4),
+            seconds=round(answer.seconds, 4),
         )
 
     def refused(self, error: R3Error) -> None:

@@ -12,7 +12,7 @@ from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
 from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store import outbox
-from serve_app.store.answers import Found, ReadAnswer
+from serve_app.store.answers import Found, ReadAnswer, unpack_described
 from serve_app.store.base import Segments, Unreadable
 from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, line, translate
 from serve_app.store.directory import Settings, find_directory, list_shards, open_shard, this_node
@@ -135,8 +135,8 @@ class ShardStore:
         """See `RecordStore`."""
         answers: dict[str, list[RecordMeta] | Unreadable] = {}
 
-        def receive(texts: list[str], reply: list[Any]) -> dict[str, Unreadable]:
-            chains = dict(zip(texts, reply, strict=True))
+        def receive(texts: list[str], reply: bytes) -> dict[str, Unreadable]:
+            chains = dict(zip(texts, unpack_described(reply), strict=True))
             answers.update(
                 {text: chain for text, chain in chains.items() if isinstance(chain, list)}
             )
@@ -152,11 +152,12 @@ class ShardStore:
         """See `RecordStore`. This node's shard is asked from the loop, others from a thread."""
         if self._own_shard is not None and self._is_mine(key):
             try:
-                answers: list[Any] = await asyncio.wait_for(
+                reply: bytes = await asyncio.wait_for(
                     self._own_shard.describe.remote([key]), _SOON_S
                 )
-                if isinstance(answers[0], list):
-                    return answers[0]
+                (chain,) = unpack_described(reply)
+                if isinstance(chain, list):
+                    return chain
             except (RayError, TimeoutError):
                 pass  # `describe` knows what that means
         return (await asyncio.to_thread(self.describe, [key]))[0]

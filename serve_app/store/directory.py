@@ -7,6 +7,7 @@ other arguments finds them again.
 
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -26,6 +27,7 @@ COMPAT_NAME = "shared_store"
 COMPAT_NAMESPACES: tuple[CompatNamespace, ...] = get_args(CompatNamespace)
 _COMPAT_TIMEOUT_S = 5.0
 _RECALL_S = 2.0
+_NAME_POLL_S = 0.02
 _DIRECTORY = "directory"
 _SHARD_ID = re.compile("[0-9a-f]{10}")
 
@@ -117,9 +119,12 @@ def this_node() -> str:
 
 
 def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[Any]:
-    """Make the application's directory, or find it and give it ``args``."""
+    """Make the application's directory, or find it and give it ``args``.
+
+    Raises `StoreUnavailable` if it does not answer in ``timeout_s`` seconds.
+    """
     actor: Any = ray.remote(Directory)
-    directory: ActorHandle[Any] = actor.options(
+    options = actor.options(
         name=shard_name(app, _DIRECTORY),
         namespace=NAMESPACE,
         lifetime="detached",
@@ -127,9 +132,19 @@ def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[A
         num_cpus=0,
         max_restarts=-1,
         max_task_retries=-1,  # all its calls are idempotent: they wait while it starts elsewhere
-    ).remote(app, secrets.token_bytes(32), args)
-    ray.get(directory.configure.remote(args), timeout=timeout_s)
-    return directory
+    )
+    give_up = time.monotonic() + timeout_s
+    while (left := give_up - time.monotonic()) > 0:
+        directory: ActorHandle[Any] = options.remote(app, secrets.token_bytes(32), args)
+        try:
+            ray.get(directory.configure.remote(args), timeout=left)
+        except ray.exceptions.ActorDiedError:
+            time.sleep(_NAME_POLL_S)  # found while it was being removed: its name gets free
+        except ray.exceptions.GetTimeoutError:
+            break
+        else:
+            return directory
+    raise StoreUnavailable(f"the directory of {app!r} does not answer within {timeout_s} s")
 
 
 def find_directory(app: str) -> ActorHandle[Any]:
@@ -178,6 +193,23 @@ def list_actors(app: str) -> list[ActorHandle[Any]]:
     found = [find_shard(app, name) for name in _names(app)]
     found += [find_compat(app, namespace) for namespace in COMPAT_NAMESPACES]
     return [actor for actor in found if actor is not None]
+
+
+def remove_actors(app: str, timeout_s: float) -> int:
+    """Kill the application's detached actors, and every record with them; return how many.
+
+    Returns when their names are free again. Raises `StoreUnavailable` if some are not in
+    ``timeout_s`` seconds.
+    """
+    killed = set(list_actors(app))
+    for actor in killed:
+        ray.kill(actor)  # returns before anything has happened
+    give_up = time.monotonic() + timeout_s
+    while left := killed.intersection(list_actors(app)):
+        if time.monotonic() > give_up:
+            raise StoreUnavailable(f"{len(left)} actors of {app!r} are still up")
+        time.sleep(_NAME_POLL_S)
+    return len(killed)
 
 
 def find_compat(app: str, namespace: CompatNamespace) -> ActorHandle[Any] | None:

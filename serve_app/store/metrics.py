@@ -53,6 +53,7 @@ class ShardMetrics:
         for metric in (*self._gauges.values(), *self._counters.values(), self._latency):
             metric.set_default_tags(tags)
         self._seen = dict.fromkeys(COUNTERS, 0)
+        self._took: list[tuple[str, float]] = []
 
     def report(self, stats: ShardStats) -> None:
         """Export what is held, and what happened since the last report."""
@@ -63,7 +64,10 @@ class ShardMetrics:
             if now[field] > self._seen[field]:
                 counter.inc(now[field] - self._seen[field])
                 self._seen[field] = now[field]
+        took, self._took = self._took, []
+        for call, seconds in took:
+            self._latency.observe(seconds, {"call": call})
 
     def took(self, call: str, seconds: float) -> None:
-        """Export how long one batched call took."""
-        self._latency.observe(seconds, {"call": call})
+        """Note how long one batched call took: its caller waits, so it is exported later."""
+        self._took.append((call, seconds))

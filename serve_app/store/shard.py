@@ -26,9 +26,8 @@ from serve_app.errors import (
     without_frames,
 )
 from serve_app.event_log import log_event
-from serve_app.records import RecordMeta
 from serve_app.store import outbox
-from serve_app.store.answers import Collected, ReadAnswer
+from serve_app.store.answers import Collected, Described, ReadAnswer, pack_described
 from serve_app.store.epochs import Epochs
 from serve_app.store.holdings import DROP_AT_ONCE, Blob, Holdings, Payload, Piece
 from serve_app.store.keys import verify
@@ -144,15 +143,15 @@ class Shard:
         self._metrics.took("read", time.monotonic() - begun)
         return collected.answer()
 
-    async def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | KeyUnreadable]:
-        """Return the headers that the keys are made of."""
-        answers: list[list[RecordMeta] | KeyUnreadable] = []
+    async def describe(self, keys: Sequence[str]) -> bytes:
+        """Return the headers that the keys are made of, packed by `pack_described`."""
+        answers: Described = []
         for text in keys:
             try:
                 answers.append(self._holdings.ledger.describe(self._find(text)))
             except KeyUnreadable as why:
                 answers.append(without_frames(why))
-        return answers
+        return pack_described(answers)
 
     async def page(self, tag: str | None, first: int) -> tuple[Page, ReadAnswer]:
         """Return some records, live or needed by live ones, from a sequence number on."""

@@ -16,7 +16,7 @@ from graphs.rollout import build
 from serve_app import RoutedExpertsClient
 from serve_app.config import RolloutArgs, StoreArgs
 from serve_app.store.client import ShardStore, connect
-from serve_app.store.directory import list_actors, open_directory
+from serve_app.store.directory import open_directory, remove_actors
 from tests.store_contract import MakeStore
 
 APP = "rollout"
@@ -87,5 +87,4 @@ def make_store(cluster: Cluster) -> Iterator[MakeStore]:
 
     yield make
     for app in made:
-        for actor in list_actors(app):
-            ray.kill(actor)
+        remove_actors(app, 30)

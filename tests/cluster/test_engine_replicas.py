@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
@@ -17,7 +16,7 @@ from serve_app.deployments.engine import InferenceEngine
 from serve_app.deployments.store import ExpertStore
 from serve_app.errors import EngineAsleep
 from serve_app.served import ENGINE, STORE, ServedGraph
-from serve_app.store.directory import list_actors
+from serve_app.store.directory import remove_actors
 from serve_app.store.keys import parse
 
 APP = "replicas"
@@ -46,8 +45,7 @@ def graph(app: str, tiny_checkpoint: Path) -> Iterator[ServedGraph]:
     serve.run(bound, name=APP, route_prefix=None)
     yield ServedGraph(APP, None, 60)
     serve.delete(APP)
-    for actor in list_actors(APP):
-        ray.kill(actor)
+    remove_actors(APP, 30)
 
 
 @pytest.fixture

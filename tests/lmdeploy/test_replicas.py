@@ -20,7 +20,7 @@ from serve_app.deployments.gpus import check_gpus
 from serve_app.errors import EngineUnavailable
 from serve_app.records import Record, hash_tokens
 from serve_app.served import ENGINE, ServedGraph
-from serve_app.store.directory import list_actors
+from serve_app.store.directory import remove_actors
 from serve_app.types import GenerateRequest, GenerateResult
 from tests.lmdeploy.conftest import SMALL
 from tests.lmdeploy.replicas import build
@@ -71,8 +71,7 @@ def served(name: str, model: Path, replicas: int = 1, **kwargs: Any) -> RoutedEx
 
 def remove(name: str) -> None:
     serve.delete(name)
-    for actor in list_actors(name):
-        ray.kill(actor)
+    remove_actors(name, 30)
 
 
 def wanted() -> list[GenerateRequest]:

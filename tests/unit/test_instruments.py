@@ -1,5 +1,6 @@
 """Metrics and events: declared, documented and on the dashboard alike; no whole key in a log."""
 
+import asyncio
 import json
 import logging
 import re
@@ -7,14 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from serve_app.deployments.metrics import DECODER, ENGINE, STORE, DecoderMetrics, EngineMetrics
+from serve_app.deployments.metrics import (
+    DECODER,
+    ENGINE,
+    STORE,
+    DecoderAnswer,
+    DecoderMetrics,
+    EngineMetrics,
+)
 from serve_app.errors import RoutesLost
 from serve_app.ingress.metrics import INGRESS
-from serve_app.instruments import Declared
+from serve_app.instruments import Declared, after_answering
 from serve_app.store.metrics import COUNTERS, GAUGES, LATENCY, metric_name
-from serve_app.types import GenerateResult, MissingRows, PackedExperts
+from serve_app.types import GenerateResult, MissingRows
 from tests.k8s.dashboard import dashboard_names, queries
 
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
@@ -73,17 +79,17 @@ def test_events_carry_short_keys_and_errors_become_labels() -> None:
     key = "AQdyb2xsb3V0" * 6
     try:
         result = GenerateResult("request-1", [1, 2], [0.0, 0.0], "", "stop", 3, 7, key, 4)
-        EngineMetrics().finished(result, 0.5)
-        packed = PackedExperts(
-            ids=np.zeros((4, 1, 2), np.uint8),
-            valid=np.zeros(4, np.bool_),
-            cu_seqlens=np.array([0, 4], np.int32),
-            layers=(0,),
-            columns=(0,),
-            num_experts=8,
-            missing=(MissingRows(0, 0, 3, "RoutesLost"), MissingRows(0, 3, 1, "RoutesLost")),
-        )
-        DecoderMetrics().answered(packed, sequences=1, seconds=0.1)
+        missing = MissingRows(0, 0, 3, "RoutesLost"), MissingRows(0, 3, 1, "RoutesLost")
+
+        async def answer() -> None:
+            EngineMetrics().finished(result, 0.5)
+            DecoderMetrics().answered(DecoderAnswer(8, 1, missing, 0.1))
+            assert not records  # whoever asked has the answer first
+            reported = asyncio.Event()
+            after_answering(reported.set)
+            await asyncio.wait_for(reported.wait(), 30)
+
+        asyncio.run(answer())
         DecoderMetrics().refused(RoutesLost("gone"))
     finally:
         logger.removeHandler(handler)
