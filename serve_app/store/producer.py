@@ -18,7 +18,7 @@ from serve_app.records import Record
 from serve_app.store.offers import Offer
 
 _IN_FLIGHT = 2
-_BATCH_RECORDS = 32
+_BATCH_RECORDS = 128
 _BATCH_BYTES = 128 << 20
 
 Waiting = tuple[Offer, Record, asyncio.Future[str]]
