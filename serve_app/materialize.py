@@ -78,7 +78,8 @@ def materialize(
             plan = stitch(segments, sequence.first + first, count)
         filling.fill(here, segments, plan, at)
     copies.run()
-    moe = tuple(layer for layer in columns if layer in set(model.moe_layers))
+    is_moe = set(model.moe_layers)
+    moe = tuple(layer for layer in columns if layer in is_moe)
     return PackedExperts(
         ids=ids,
         valid=valid,

@@ -2,14 +2,13 @@
 
 import asyncio
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
     Iterable,
     Mapping,
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lmdeploy import PytorchEngineConfig
 
 from serve_app.config import EngineArgs
-from serve_app.engines.base import EngineChunk, ModelInfo
+from serve_app.engines.answering import AnsweringEngine
 from serve_app.engines.lmdeploy_backend import Backend
 from serve_app.engines.lmdeploy_model import ServedModel
 from serve_app.engines.lmdeploy_options import LmdeployOptions
@@ -26,9 +25,8 @@ from serve_app.engines.lmdeploy_rollout import Rollout
 from serve_app.engines.lmdeploy_slots import Limits, Slots
 from serve_app.engines.lmdeploy_weights import ModelWeights
 from serve_app.engines.loading import TakeRows
-from serve_app.engines.request_rules import RequestRules
 from serve_app.engines.stream import ChunkStream
-from serve_app.errors import EngineAsleep, EngineUnavailable, InvalidRequest, StoreUnavailable
+from serve_app.errors import EngineAsleep, EngineUnavailable, StoreUnavailable
 from serve_app.types import GenerateRequest, SleepLevel, UpdateMode
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ STOPPED = "the engine was stopped"
 ASLEEP = "the engine sleeps: call wake() first"
 
 
-class LmdeployEngine:
+class LmdeployEngine(AnsweringEngine[Rollout]):
     """Loads a checkpoint and serves it on the event loop that it is made or first used on."""
 
     def __init__(
@@ -51,16 +49,15 @@ class LmdeployEngine:
         config: PytorchEngineConfig,
         take_rows: TakeRows | None = None,
     ) -> None:
-        self._args = args
         self._options = options
         self._take_rows = take_rows
         self._prefixes = config.enable_prefix_caching
         self._weights = ModelWeights(Path(args.model))
         self._backend = Backend(args.model, config)
         longest = min(model.info.context_length, self._backend.context_length)
-        self._info = replace(model.info, context_length=longest)
-        self._recorded = self._info if args.enable_return_routed_experts else None
-        self._rules = RequestRules(self._info, has_tokenizer=model.decode is not None)
+        info = replace(model.info, context_length=longest)
+        super().__init__(args, info, has_tokenizer=model.decode is not None)
+        self._recorded = info if args.enable_return_routed_experts else None
         self._eos_ids = model.eos_ids
         self._decode = model.decode
         self._threads = ThreadPoolExecutor(2, "r3serve-lmdeploy")
@@ -71,26 +68,15 @@ class LmdeployEngine:
         self._started = False
         self._abandoned: set[asyncio.Task[int]] = set()
         self._changing = asyncio.Lock()
-        self._sleep_level: SleepLevel | None = None
         self._asleep = False
         self._ended: str | None = None
         if _has_loop():
             self._start()
 
     @property
-    def info(self) -> ModelInfo:
-        """The served model."""
-        return self._info
-
-    @property
     def weight_version(self) -> int:
         """Version of the weights that the next forward pass uses; 0 as loaded."""
         return self._slots.weight_version
-
-    @property
-    def sleep_level(self) -> SleepLevel | None:
-        """How deep it sleeps, None while it serves."""
-        return self._sleep_level
 
     @property
     def recomputed(self) -> int:
@@ -104,32 +90,6 @@ class LmdeployEngine:
         """Wait until the probe request is through; raise `EngineUnavailable` where it failed."""
         await asyncio.shield(self._start())
         self._check_not_ended()
-
-    def check(self, request: GenerateRequest) -> None:
-        """Raise `InvalidRequest` for a request that this model can never serve."""
-        self._rules.check(request)
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineChunk, None]:
-        """Sample one rollout; see `Engine`. Raises when the iteration begins."""
-        async with aclosing(self._sample([request], None)) as chunks:
-            async for _, chunk in chunks:
-                yield chunk
-
-    async def generate_group(
-        self, request: GenerateRequest, n: int
-    ) -> AsyncGenerator[tuple[int, EngineChunk], None]:
-        """Sample ``n`` rollouts of one prompt; see `Engine`. Raises when the iteration begins.
-
-        With a prefix cache the others wait for the first one's prompt, and share its blocks;
-        without one LMDeploy processes the prompt for each of them.
-        """
-        most = self._args.max_batch_size + self._args.max_waiting
-        if not 1 <= n <= most:
-            raise InvalidRequest(f"expected a group of 1 to {most} rollouts, got {n}")
-        members = [request.member(index) for index in range(n)]
-        async with aclosing(self._sample(members, request.request_id)) as chunks:
-            async for index, chunk in chunks:
-                yield index, chunk
 
     async def abort(self, request_id: str | None = None) -> int:
         """Abort one request, or all; when this returns their slots are free."""
@@ -197,32 +157,22 @@ class LmdeployEngine:
             await self._backend.stop()
         self._threads.shutdown()
 
-    async def _sample(
-        self, requests: Sequence[GenerateRequest], group: str | None
-    ) -> AsyncGenerator[tuple[int, EngineChunk], None]:
-        for request in requests:
-            self.check(request)
+    def _submit(
+        self, requests: Sequence[GenerateRequest], filled: asyncio.Event, group: str | None
+    ) -> list[Rollout]:
+        """See `AnsweringEngine`.
+
+        With a prefix cache the members of a group wait for the first one's prompt, and share its
+        blocks; without one LMDeploy processes the prompt for each of them.
+        """
         self._check_serving()
-        filled = asyncio.Event()
         rollouts = [self._rollout(one, ChunkStream(filled), group) for one in requests]
         if self._prefixes:
             for member in rollouts[1:]:
                 member.leader = rollouts[0]
         self._slots.submit(rollouts)
         self._start()
-        live = dict(enumerate(rollouts))
-        try:
-            while live:
-                await filled.wait()
-                filled.clear()
-                for index, rollout in list(live.items()):
-                    if chunk := rollout.stream.take():
-                        if chunk.finish_reason is not None:
-                            del live[index]
-                        yield index, chunk
-        finally:
-            if live:
-                self._abandon(live.values())
+        return rollouts
 
     def _rollout(self, request: GenerateRequest, stream: ChunkStream, group: str | None) -> Rollout:
         eos_ids = frozenset() if request.ignore_eos else self._eos_ids
@@ -236,7 +186,6 @@ class LmdeployEngine:
         )
 
     def _abandon(self, rollouts: Iterable[Rollout]) -> None:
-        """End rollouts whose reader is gone; nobody waits for it."""
         ending = asyncio.create_task(self._slots.end(list(rollouts)))
         self._abandoned.add(ending)
         ending.add_done_callback(self._abandoned.discard)

@@ -1,22 +1,21 @@
 """The Transformers engine: Hugging Face MoE models on the CPU, behind the `Engine` Protocol."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from serve_app.config import EngineArgs
-from serve_app.engines.base import EngineChunk, ModelInfo
+from serve_app.engines.answering import AnsweringEngine
 from serve_app.engines.checkpoint import load_checkpoint, load_model
 from serve_app.engines.expert_rows import ExpertRows
 from serve_app.engines.recording import ExpertRecorder
-from serve_app.engines.request_rules import RequestRules
 from serve_app.engines.rollout import Rollout, StopRules
 from serve_app.engines.runner import ModelRunner
 from serve_app.engines.steps import StepThread
 from serve_app.engines.stream import ChunkStream
 from serve_app.engines.weights import WeightSpec
-from serve_app.errors import EngineUnavailable, InvalidRequest
+from serve_app.errors import EngineUnavailable
 from serve_app.types import GenerateRequest, SleepLevel, UpdateMode
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 FIRST_NEW_ROWS = 64
 
 
-class TransformersEngine:
+class TransformersEngine(AnsweringEngine[Rollout]):
     """Loads a checkpoint and serves it from a thread of its own.
 
     Raises ValueError for arguments that the checkpoint or this engine cannot meet, such as
@@ -34,17 +33,14 @@ class TransformersEngine:
 
     def __init__(self, args: EngineArgs) -> None:
         checkpoint = load_checkpoint(args)
-        self._args = args
+        super().__init__(args, checkpoint.info, has_tokenizer=checkpoint.decode is not None)
         self._options = checkpoint.options
         recorder = None
         if args.enable_return_routed_experts:
             recorder = ExpertRecorder(checkpoint.blocks)
-        self._info = checkpoint.info
         self._records = recorder is not None
         self._eos_ids = checkpoint.eos_ids
         self._decode = checkpoint.decode
-        self._rules = RequestRules(self._info, has_tokenizer=self._decode is not None)
-        self._sleep_level: SleepLevel | None = None
         self._sleeping = asyncio.Lock()
         self._weights = WeightSpec(checkpoint.model)
         runner = ModelRunner(checkpoint.model, recorder)
@@ -62,58 +58,9 @@ class TransformersEngine:
         )
 
     @property
-    def info(self) -> ModelInfo:
-        """The served model."""
-        return self._info
-
-    @property
     def weight_version(self) -> int:
         """Version of the weights that the next forward pass uses; 0 as loaded."""
         return self._steps.weight_version
-
-    def check(self, request: GenerateRequest) -> None:
-        """Raise `InvalidRequest` for a request that this model can never serve."""
-        self._rules.check(request)
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineChunk, None]:
-        """Sample one rollout; see `Engine`. Raises when the iteration begins."""
-        async with aclosing(self._sample([request], None)) as chunks:
-            async for _, chunk in chunks:
-                yield chunk
-
-    async def generate_group(
-        self, request: GenerateRequest, n: int
-    ) -> AsyncGenerator[tuple[int, EngineChunk], None]:
-        """Sample ``n`` rollouts of one prompt; see `Engine`. Raises when the iteration begins."""
-        most = self._args.max_batch_size + self._args.max_waiting
-        if not 1 <= n <= most:
-            raise InvalidRequest(f"expected a group of 1 to {most} rollouts, got {n}")
-        members = [request.member(index) for index in range(n)]
-        async with aclosing(self._sample(members, request.request_id)) as chunks:
-            async for index, chunk in chunks:
-                yield index, chunk
-
-    async def _sample(
-        self, requests: Sequence[GenerateRequest], group: str | None
-    ) -> AsyncGenerator[tuple[int, EngineChunk], None]:
-        for request in requests:
-            self.check(request)
-        filled = asyncio.Event()
-        rollouts = [self._rollout(request, ChunkStream(filled), group) for request in requests]
-        self._steps.submit(rollouts)
-        live = dict(enumerate(rollouts))
-        try:
-            while live:
-                await filled.wait()
-                filled.clear()
-                for index, rollout in list(live.items()):
-                    if chunk := rollout.stream.take():
-                        if chunk.finish_reason is not None:
-                            del live[index]
-                        yield index, chunk
-        finally:
-            for rollout in live.values():
-                self._steps.abandon(rollout)
 
     async def abort(self, request_id: str | None = None) -> int:
         """Abort one request, or all; when this returns their slots are free."""
@@ -128,11 +75,6 @@ class TransformersEngine:
         taken = dict(state)  # once: what was checked is what will be loaded
         self._weights.check(taken)
         await asyncio.wrap_future(self._steps.update(taken, version, mode))
-
-    @property
-    def sleep_level(self) -> SleepLevel | None:
-        """How deep it sleeps, None while it serves."""
-        return self._sleep_level
 
     async def sleep(self, level: SleepLevel) -> None:
         """Abort everything and take the weights out of the model; see `Engine`.
@@ -175,6 +117,17 @@ class TransformersEngine:
         self._steps.stop()
         await asyncio.wrap_future(self._steps.finished)
         self._steps.join()
+
+    def _submit(
+        self, requests: Sequence[GenerateRequest], filled: asyncio.Event, group: str | None
+    ) -> list[Rollout]:
+        rollouts = [self._rollout(one, ChunkStream(filled), group) for one in requests]
+        self._steps.submit(rollouts)
+        return rollouts
+
+    def _abandon(self, rollouts: Iterable[Rollout]) -> None:
+        for rollout in rollouts:
+            self._steps.abandon(rollout)
 
     def _rollout(self, request: GenerateRequest, stream: ChunkStream, group: str | None) -> Rollout:
         eos_ids = frozenset() if request.ignore_eos else self._eos_ids

@@ -17,7 +17,13 @@ from typer.testing import CliRunner
 from serve_app.cli import main
 from serve_app.errors import RoutesLost, StoreUnavailable
 from serve_app.store.client import ShardStore, connect
-from serve_app.store.directory import find_shard, this_node
+from serve_app.store.directory import (
+    find_directory,
+    find_shard,
+    list_actors,
+    remove_actors,
+    this_node,
+)
 from serve_app.store.metrics import GAUGES, LATENCY, metric_name
 from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, record
 
@@ -135,6 +141,21 @@ def test_keys_of_a_killed_shard_are_lost_and_the_others_read(make_store: MakeSto
 def test_a_store_that_nobody_runs_is_named(cluster: object) -> None:
     with pytest.raises(StoreUnavailable, match="nobody"):
         connect("nobody")
+
+
+def test_a_store_opens_while_the_one_before_it_is_removed(make_store: MakeStore) -> None:
+    for _ in range(5):
+        make_store(app="again")
+        ray.kill(find_directory("again"))  # returns while the name still leads to it
+
+
+def test_removal_ends_when_the_names_are_free(make_store: MakeStore) -> None:
+    for seed in range(2):
+        store = make_store(app="again")
+        key = store.put(record(SMALL, seed=seed))
+        np.testing.assert_array_equal(read(store, key)[0].ids, record(SMALL, seed=seed).ids)
+        assert remove_actors("again", 30) == 2
+        assert not list_actors("again")
 
 
 def test_a_foreign_actor_under_a_shards_name_is_refused(make_store: MakeStore) -> None:

@@ -1,19 +1,17 @@
 """LMDeploy on a CUDA device. Nothing is patched: what runs here is what serves."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import torch
 
 from examples.tiny_moe import write_checkpoint
-from serve_app.config import EngineArgs
 from serve_app.engines.base import Engine
 from serve_app.engines.loading import load_engine
-from tests.unit.engine_contract import MakeEngine
-from tests.unit.test_transformers_engine import PlainModel
+from tests.lmdeploy_engines import engine_maker, plain, small_args
+
+__all__ = ["make_engine", "plain"]
 
 HERE = str(Path(__file__).parent)
 SMALL = {
@@ -37,11 +35,6 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(path, hidden=128, layers=3, experts=16, top_k=4)
 
 
-@pytest.fixture(scope="session")
-def plain(sparse: Path) -> PlainModel:
-    return PlainModel(sparse, torch.float32)
-
-
 def load(path: Path, **overrides: Any) -> Engine:
     """Return an engine on the running loop; ``engine_kwargs`` are added to the small ones.
 
@@ -49,25 +42,7 @@ def load(path: Path, **overrides: Any) -> Engine:
     LMDeploy refuses to begin where its own is current already.
     """
     torch.cuda.set_stream(torch.cuda.default_stream())
-    defaults: dict[str, Any] = {
-        "backend": "lmdeploy",
-        "model": str(path),
-        "dtype": "float16",
-        "max_batch_size": 8,
-        "enable_return_routed_experts": True,
-    }
-    kwargs = {**SMALL, **overrides.pop("engine_kwargs", {})}
-    return load_engine(EngineArgs(**{**defaults, **overrides}, engine_kwargs=kwargs))
+    return load_engine(small_args(path, SMALL, **overrides))
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def make_engine(sparse: Path) -> AsyncIterator[MakeEngine]:
-    made: list[Engine] = []
-
-    def make(path: Path = sparse, **overrides: Any) -> Engine:
-        made.append(load(path, **overrides))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        await engine.stop()
+make_engine = engine_maker(load)

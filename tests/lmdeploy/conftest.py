@@ -2,14 +2,11 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
-import torch
 
 os.environ["LMDEPLOY_SKIP_WARMUP"] = "1"
 
@@ -18,8 +15,11 @@ from serve_app.config import EngineArgs
 from serve_app.engines.base import Engine
 from serve_app.engines.loading import load_engine
 from serve_app.types import GenerateRequest
-from tests.unit.engine_contract import MakeEngine, Sampled, mixed_requests, request, sample
+from tests.lmdeploy_engines import engine_maker, plain, small_args
+from tests.unit.engine_contract import Sampled, mixed_requests, request, sample
 from tests.unit.test_transformers_engine import PlainModel
+
+__all__ = ["make_engine", "plain"]
 
 FOUR_HUNDRED = [(13 * i) % 500 + 3 for i in range(400)]
 HERE = str(Path(__file__).parent)
@@ -36,25 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item not in ours] + ours
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing from two threads, and wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sparse")
     return write_checkpoint(path, hidden=64, layers=3, experts=16, top_k=4)
-
-
-@pytest.fixture(scope="session")
-def plain(sparse: Path) -> PlainModel:
-    """The reference; made before torch is patched, since later it would compute other things."""
-    return PlainModel(sparse, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -101,27 +86,14 @@ def cpu(plain: PlainModel, parities: list[Parity]) -> None:
     install()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unthreaded(one_thread: None) -> None:
+    """Small products wait for each other where they have two threads on a busy machine."""
+
+
 def load(path: Path, **overrides: Any) -> Engine:
     """Return an engine on the running loop; ``engine_kwargs`` are added to the small ones."""
-    defaults: dict[str, Any] = {
-        "backend": "lmdeploy",
-        "model": str(path),
-        "dtype": "float16",  # float32 on this CPU
-        "max_batch_size": 8,
-        "enable_return_routed_experts": True,
-    }
-    kwargs = {**SMALL, **overrides.pop("engine_kwargs", {})}
-    return load_engine(EngineArgs(**{**defaults, **overrides}, engine_kwargs=kwargs))
+    return load_engine(small_args(path, SMALL, **overrides))
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def make_engine(sparse: Path) -> AsyncIterator[MakeEngine]:
-    made: list[Engine] = []
-
-    def make(path: Path = sparse, **overrides: Any) -> Engine:
-        made.append(load(path, **overrides))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        await engine.stop()
+make_engine = engine_maker(load)

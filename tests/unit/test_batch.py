@@ -1,10 +1,8 @@
 """The batch, step by step: what a long prompt costs the others, and what an abort gives back."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
-import torch
 
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs
@@ -18,15 +16,9 @@ from serve_app.engines.runner import ModelRunner
 from serve_app.engines.stream import ChunkStream
 from serve_app.types import GenerateRequest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LONG = [(7 * i) % 250 + 3 for i in range(3 * PIECE + 10)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

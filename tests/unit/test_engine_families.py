@@ -32,6 +32,8 @@ from tests.unit.engine_contract import (
 )
 from tests.unit.test_transformers_engine import PlainModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -67,14 +69,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "layers slide in turn": ("gpt_oss", {"num_local_experts": 8, "sliding_window": 8}),
     "keys and values differ in width": ("deepseek_v3", DEEPSEEK),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write(path: Path, family: str, fields: dict[str, Any]) -> Path:

@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,17 +23,10 @@ from serve_app.replay import replay_routing
 from serve_app.types import ExpertBatch
 from tests.families import COMMON, PACKABLE, REPLAYABLE, UNPACKABLE, UNREPLAYABLE, VOCAB, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = 24
 REENTRANT = [pytest.param(True, id="reentrant"), pytest.param(False, id="non-reentrant")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over several threads have no fixed order, and these tests compare bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

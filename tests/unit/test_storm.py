@@ -1,20 +1,12 @@
 """A small storm; ``python -m benchmarks.storm`` sends 2,000 requests."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.storm import storm
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 async def test_random_rollouts_have_exactly_their_rows(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ from tests.unit.engine_contract import (
     submitted,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class PlainModel:
     """The checkpoint in plain Transformers."""
@@ -81,15 +83,6 @@ class PlainModel:
 
     def weights(self) -> Weights:
         return self.model.state_dict()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing from two threads, and wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
