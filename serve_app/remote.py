@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from serve_app.assemble.copying import Copies
 from serve_app.assemble.destination import Allocate, Array, destination
 from serve_app.assemble.ranks import rank_rows
+from serve_app.assemble.sequence_table import SequenceTable
 from serve_app.assemble.shares import Nodes, Share, join, share_out
 from serve_app.errors import DecoderUnavailable, EngineUnavailable, RoutesLost
 from serve_app.served import ServedGraph, wait_answer
@@ -84,7 +85,7 @@ class Decoders:
 
     def _send(self, share: Share, spec: BatchSpec) -> "DeploymentResponse[Any]":
         response: DeploymentResponse[Any] = self._graph.decoder.materialize.remote(
-            list(share.sequences), spec, share.pieces, near=share.node
+            SequenceTable.of(share.sequences), spec, share.pieces, near=share.node
         )
         return response
 

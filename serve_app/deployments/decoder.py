@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.assemble.destination import Allocate
 from serve_app.assemble.ranks import Piece
+from serve_app.assemble.sequence_table import SequenceTable
 from serve_app.config import DecoderArgs, StoreArgs
 from serve_app.deployments.context import connect_store
 from serve_app.deployments.metrics import DecoderAnswer, DecoderMetrics
@@ -48,7 +49,7 @@ class ExpertDecoder:
 
     async def materialize(
         self,
-        sequences: Sequence[RoutedSequence],
+        sequences: Sequence[RoutedSequence] | SequenceTable,
         spec: BatchSpec,
         pieces: Sequence[Piece] | None = None,
         near: str = "",
@@ -61,6 +62,8 @@ class ExpertDecoder:
         if self._store is None:
             self._store = await connect_store(self._store_args, self._supervisor)
         begun = time.monotonic()
+        if isinstance(sequences, SequenceTable):
+            sequences = sequences.sequences()
         work = functools.partial(
             materialize, self._store, sequences, spec, pieces=pieces, allocate=self._bounded
         )

@@ -6,6 +6,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -146,10 +147,18 @@ class ShardCalls:
             raise translate(error, "directory") from None
 
 
-def get_all(refs: "list[ray.ObjectRef[Batch]]", timeout_s: float) -> list[Batch | Unreadable]:
-    """Bring all objects here at once. Waiting first keeps other threads' gets fast."""
+def get_all(
+    refs: "list[ray.ObjectRef[Batch]]", timeout_s: float, *, here: bool = False
+) -> list[Batch | Unreadable]:
+    """Bring all objects here at once; ``here`` tells that they lie on this node.
+
+    Others are waited for first: a get that waits would hold up those of other threads.
+    """
     if not refs:
         return []
+    if here:
+        with suppress(RayError):
+            return list(ray.get(refs, timeout=timeout_s))
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=True)
     if len(ready) == len(refs):
         try:

@@ -90,8 +90,11 @@ class ShardStore:
         """See `RecordStore`."""
         reads: list[tuple[str, Found, int]] = []
         refs: list[ray.ObjectRef[outbox.Batch]] = []
+        here = True
 
         def receive(texts: list[str], reply: ReadAnswer) -> dict[str, Unreadable]:
+            nonlocal here
+            here &= self.is_local(texts[0])
             unreadable: dict[str, Unreadable] = {}
             for text, found in zip(texts, reply.found, strict=True):
                 if isinstance(found, KeyUnreadable):
@@ -104,7 +107,7 @@ class ShardStore:
         answers: dict[str, Segments | Unreadable] = {
             **self._router.ask(keys, lambda shard, texts: shard.read.remote(texts), receive)
         }
-        batches = get_all(refs, self.args.call_timeout_s)
+        batches = get_all(refs, self.args.call_timeout_s, here=here)
         for text, found, first in reads:
             answers[text] = _segments(found, batches, first)
         return [answers[text] for text in keys]
