@@ -17,7 +17,7 @@ import ray
 from benchmarks.cluster import own_ray, serve_decoder, start
 from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
-from benchmarks.measuring import Path, Target, interleaved
+from benchmarks.measuring import Path, Target, Times, interleaved
 from benchmarks.rollouts import RolloutEngine, Shape
 from benchmarks.upstream import SharedStore
 from serve_app.client import RoutedExpertsClient
@@ -41,9 +41,10 @@ WIDE_TARGETS = (
     Target("local_int64_vs_widening", "local_int64", "widening", most=2),
     Target("decoder_int64_vs_widening", "decoder_int64", "widening", most=5),
 )
-GRID_TARGETS = (
-    Target("local_rank_vs_whole", "local_rank", "local", most=0.5),
-    Target("decoder_rank_vs_whole", "decoder_rank", "decoder", most=0.5),
+GRID_TARGETS = tuple(
+    Target(f"{where}_rank{wide}_vs_whole", f"{where}_rank{wide}", f"{where}{wide}", most=0.5)
+    for wide in ("", "_int64")
+    for where in ("local", "decoder")
 )
 KEY_TARGETS = (Target("one_call_vs_twenty", "one_call", "twenty_calls", most=1),)
 
@@ -102,16 +103,22 @@ def shape_line(shape: Shape, repeat: int) -> dict[str, Any]:
 
 
 def grid_line(shape: Shape, repeat: int) -> dict[str, Any]:
-    """One rank of layers/4 x cp 2, beside the whole batch."""
+    """One rank of layers/4 x cp 2, beside the whole batch, as stored and as int64."""
     rollouts = put(shape)
     whole = rollouts.read(where="local")(None)
     part = rollouts.read(where="local", rank=GRID)(None)
-    paths = [
-        Path(f"{where}{name}", rollouts.read(where=where, **how))
-        for where in ("local", "decoder")
-        for name, how in (("", {}), ("_rank", {"rank": GRID}))
-    ]
-    times = interleaved(paths, repeat, touched_bytes=2 * whole.ids.nbytes)
+    times: dict[str, Times] = {}
+    dtypes: tuple[dict[str, Any], ...] = {}, {"dtype": "int64"}
+    for dtype, wide, rounds in zip(
+        dtypes, ("", "_int64"), (repeat, max(2, repeat // 2)), strict=True
+    ):
+        paths = [
+            Path(f"{where}{name}{wide}", rollouts.read(where=where, **how, **dtype))
+            for where in ("local", "decoder")
+            for name, how in (("", {}), ("_rank", {"rank": GRID}))
+        ]
+        touched = (8 if wide else 2) * whole.ids.nbytes
+        times |= interleaved(paths, rounds, touched_bytes=touched)
     share = part.ids.nbytes / whole.ids.nbytes
     rollouts.client.release([sequence.key for sequence in rollouts.sequences])
     return {
