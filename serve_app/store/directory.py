@@ -8,7 +8,7 @@ other arguments finds them again.
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -133,18 +133,36 @@ def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[A
         max_restarts=-1,
         max_task_retries=-1,  # all its calls are idempotent: they wait while it starts elsewhere
     )
+    try:
+        directory, _ = _opened(
+            lambda: options.remote(app, secrets.token_bytes(32), args),
+            lambda found: found.configure.remote(args),
+            timeout_s,
+        )
+    except ray.exceptions.RayError as error:
+        raise StoreUnavailable(f"the directory of {app!r} does not answer: {error}") from None
+    return directory
+
+
+def _opened(
+    make: Callable[[], ActorHandle[Any]],
+    ask: "Callable[[ActorHandle[Any]], ray.ObjectRef[Any]]",
+    timeout_s: float,
+) -> tuple[ActorHandle[Any], Any]:
+    """Make a named actor or find it; return it and what it answers.
+
+    A name may lead to an actor that is being removed, longest in processes that know it: then it
+    is looked for again until the time is over.
+    """
     give_up = time.monotonic() + timeout_s
-    while (left := give_up - time.monotonic()) > 0:
-        directory: ActorHandle[Any] = options.remote(app, secrets.token_bytes(32), args)
+    while True:
+        actor = make()
         try:
-            ray.get(directory.configure.remote(args), timeout=left)
+            return actor, ray.get(ask(actor), timeout=max(0.0, give_up - time.monotonic()))
         except ray.exceptions.ActorDiedError:
-            time.sleep(_NAME_POLL_S)  # found while it was being removed: its name gets free
-        except ray.exceptions.GetTimeoutError:
-            break
-        else:
-            return directory
-    raise StoreUnavailable(f"the directory of {app!r} does not answer within {timeout_s} s")
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_NAME_POLL_S)
 
 
 def find_directory(app: str) -> ActorHandle[Any]:
@@ -163,7 +181,7 @@ def open_shard(app: str, settings: Settings) -> ActorHandle[Any]:
     node_id = ray.get_runtime_context().get_node_id()
     # Hard affinity: actors that ask for no resources ignore a soft one.
     actor: Any = ray.remote(Shard)
-    handle: ActorHandle[Any] = actor.options(
+    options = actor.options(
         name=shard_name(app, shard),
         namespace=NAMESPACE,
         lifetime="detached",
@@ -173,9 +191,13 @@ def open_shard(app: str, settings: Settings) -> ActorHandle[Any]:
         max_task_retries=0,
         max_concurrency=1000,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-    ).remote(app, shard, settings.secret, settings.args)
+    )
     try:
-        identity: Any = ray.get(handle.identity.remote(), timeout=timeout_s)
+        handle, identity = _opened(
+            lambda: options.remote(app, shard, settings.secret, settings.args),
+            lambda found: found.identity.remote(),
+            timeout_s,
+        )
     except (AttributeError, ray.exceptions.RayError) as error:
         raise StoreUnavailable(f"shard {shard} does not answer: {error}") from None
     if not isinstance(identity, ShardIdentity) or identity.app != app:

@@ -18,7 +18,6 @@ from serve_app.cli import main
 from serve_app.errors import RoutesLost, StoreUnavailable
 from serve_app.store.client import ShardStore, connect
 from serve_app.store.directory import (
-    find_directory,
     find_shard,
     list_actors,
     remove_actors,
@@ -49,8 +48,9 @@ class EngineLike:
     def node(self) -> str:
         return this_node()
 
-    def kill_directory(self, app: str) -> None:
-        ray.kill(find_directory(app))
+    def kill_store(self, app: str) -> None:
+        for actor in list_actors(app):
+            ray.kill(actor)
 
 
 def start(actor: Any, node: str) -> Any:
@@ -148,9 +148,11 @@ def test_a_store_that_nobody_runs_is_named(cluster: object) -> None:
 
 def test_a_store_opens_while_the_one_before_it_is_removed(make_store: MakeStore) -> None:
     other = start(EngineLike, "elsewhere")
-    for _ in range(5):
-        make_store(app="again")
-        ray.get(other.kill_directory.remote("again"))  # Ray still finds it here, by its name
+    for seed in range(5):
+        store = make_store(app="again")
+        key = store.put(record(SMALL, seed=seed))
+        np.testing.assert_array_equal(read(store, key)[0].ids, record(SMALL, seed=seed).ids)
+        ray.get(other.kill_store.remote("again"))  # Ray still finds it here, by its names
 
 
 def test_removal_ends_when_the_names_are_free(make_store: MakeStore) -> None:
