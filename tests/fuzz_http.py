@@ -109,9 +109,10 @@ def _use(case: Any, key: str, rng: random.Random) -> None:
         body["model"] = "tiny"
     if "key" in body and rng.random() < 0.5:
         body["key"] = key
-    for sequence in body.get("sequences") or ():
-        if isinstance(sequence, dict) and rng.random() < 0.5:
-            sequence["key"] = key
+    if isinstance(sequences := body.get("sequences"), list):  # it may be anything
+        for sequence in sequences:
+            if isinstance(sequence, dict) and rng.random() < 0.5:
+                sequence["key"] = key
     if "master_port" in body:
         body["world_size"] = 2 - rng.randint(0, 1)  # too small, or it waits for a trainer
         body["rank_offset"] = 2
