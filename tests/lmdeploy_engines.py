@@ -1,16 +1,12 @@
 """What tests of LMDeploy share, on a CPU and on a GPU: small engines, a plain model beside."""
 
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import torch
 
 from serve_app.config import EngineArgs
-from serve_app.engines.base import Engine
-from tests.unit.engine_contract import MakeEngine
 from tests.unit.test_transformers_engine import PlainModel
 
 
@@ -31,21 +27,3 @@ def small_args(path: Path, small: dict[str, Any], **overrides: Any) -> EngineArg
 def plain(sparse: Path) -> PlainModel:
     """The reference; on a CPU made before torch is patched, or it would compute other things."""
     return PlainModel(sparse, torch.float32)
-
-
-def engine_maker(load: Callable[..., Engine]) -> Any:
-    """Return the fixture ``make_engine``: engines of one test, stopped after it."""
-
-    @pytest_asyncio.fixture(loop_scope="module")
-    async def make_engine(sparse: Path) -> AsyncIterator[MakeEngine]:
-        made: list[Engine] = []
-
-        def make(path: Path = sparse, **overrides: Any) -> Engine:
-            made.append(load(path, **overrides))
-            return made[-1]
-
-        yield make
-        for engine in made:
-            await engine.stop()
-
-    return make_engine

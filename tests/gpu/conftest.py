@@ -9,7 +9,8 @@ import torch
 from examples.tiny_moe import write_checkpoint
 from serve_app.engines.base import Engine
 from serve_app.engines.loading import load_engine
-from tests.lmdeploy_engines import engine_maker, plain, small_args
+from tests.lmdeploy_engines import plain, small_args
+from tests.unit.engine_contract import engine_maker
 
 __all__ = ["make_engine", "plain"]
 
@@ -45,4 +46,4 @@ def load(path: Path, **overrides: Any) -> Engine:
     return load_engine(small_args(path, SMALL, **overrides))
 
 
-make_engine = engine_maker(load)
+make_engine = engine_maker(load, loop_scope="module")

@@ -15,8 +15,8 @@ from serve_app.config import EngineArgs
 from serve_app.engines.base import Engine
 from serve_app.engines.loading import load_engine
 from serve_app.types import GenerateRequest
-from tests.lmdeploy_engines import engine_maker, plain, small_args
-from tests.unit.engine_contract import Sampled, mixed_requests, request, sample
+from tests.lmdeploy_engines import plain, small_args
+from tests.unit.engine_contract import Sampled, engine_maker, mixed_requests, request, sample
 from tests.unit.test_transformers_engine import PlainModel
 
 __all__ = ["make_engine", "plain"]
@@ -96,4 +96,4 @@ def load(path: Path, **overrides: Any) -> Engine:
     return load_engine(small_args(path, SMALL, **overrides))
 
 
-make_engine = engine_maker(load)
+make_engine = engine_maker(load, loop_scope="module")

@@ -9,12 +9,14 @@ import asyncio
 import itertools
 import re
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 
 from serve_app.engines.base import Engine, EngineChunk
@@ -37,6 +39,26 @@ Weights = dict[str, torch.Tensor]
 
 class MakeEngine(Protocol):
     def __call__(self, **overrides: Any) -> Engine: ...
+
+
+def engine_maker(
+    load: Callable[..., Engine], loop_scope: Literal["function", "module"] = "function"
+) -> Any:
+    """Return the fixture ``make_engine``: engines of one test, stopped after it."""
+
+    @pytest_asyncio.fixture(loop_scope=loop_scope)
+    async def make_engine(sparse: Path) -> AsyncIterator[MakeEngine]:
+        made: list[Engine] = []
+
+        def make(path: Path = sparse, **overrides: Any) -> Engine:
+            made.append(load(path, **overrides))
+            return made[-1]
+
+        yield make
+        for engine in made:
+            await engine.stop()
+
+    return make_engine
 
 
 class Reference(Protocol):

@@ -5,7 +5,7 @@ import gc
 import json
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from tests.unit.engine_contract import (
     Weights,
     agreement,
     check_rows,
+    engine_maker,
     mixed_requests,
     request,
     sample,
@@ -125,17 +126,7 @@ def sparse_engine(sparse: Path) -> Iterator[TransformersEngine]:
     asyncio.run(engine.stop())
 
 
-@pytest.fixture
-async def make_engine(sparse: Path) -> AsyncIterator[MakeEngine]:
-    made: list[Engine] = []
-
-    def make(path: Path = sparse, **overrides: Any) -> Engine:
-        made.append(load(path, **overrides))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        await engine.stop()
+make_engine = engine_maker(load)
 
 
 class TestTransformersEngine(EngineContract):
