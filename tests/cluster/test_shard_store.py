@@ -48,9 +48,9 @@ class EngineLike:
     def node(self) -> str:
         return this_node()
 
-    def kill_store(self, app: str) -> None:
-        for actor in list_actors(app):
-            ray.kill(actor)
+    def kill(self, app: str, *names: str) -> None:
+        for name in names:
+            ray.kill(find_shard(app, name))
 
 
 def start(actor: Any, node: str) -> Any:
@@ -146,13 +146,20 @@ def test_a_store_that_nobody_runs_is_named(cluster: object) -> None:
         connect("nobody")
 
 
-def test_a_store_opens_while_the_one_before_it_is_removed(make_store: MakeStore) -> None:
+@pytest.mark.parametrize("kind", ["directory", "shard"])
+def test_a_store_opens_while_the_one_before_it_is_removed(make_store: MakeStore, kind: str) -> None:
     other = start(EngineLike, "elsewhere")
-    for seed in range(5):
-        store = make_store(app="again")
-        key = store.put(record(SMALL, seed=seed))
-        np.testing.assert_array_equal(read(store, key)[0].ids, record(SMALL, seed=seed).ids)
-        ray.get(other.kill_store.remote("again"))  # Ray still finds it here, by its names
+    name = this_node() if kind == "shard" else kind
+    for seed in range(3):
+        make_store(app="again")
+        key = connect("again").put(record(SMALL, seed=seed))
+        np.testing.assert_array_equal(
+            read(connect("again"), key)[0].ids, record(SMALL, seed=seed).ids
+        )
+        late = connect("again")  # has looked for no shard yet
+        ray.get(other.kill.remote("again", name))  # Ray still finds it here, by its name
+        if kind == "shard":
+            late.put(record(SMALL))
 
 
 def test_removal_ends_when_the_names_are_free(make_store: MakeStore) -> None:
