@@ -48,9 +48,10 @@ class EngineLike:
     def node(self) -> str:
         return this_node()
 
-    def kill(self, app: str, *names: str) -> None:
-        for name in names:
-            ray.kill(find_shard(app, name))
+    def kill(self, app: str, name: str) -> None:
+        actor = find_shard(app, name)
+        assert actor is not None
+        ray.kill(actor)
 
 
 def start(actor: Any, node: str) -> Any:
