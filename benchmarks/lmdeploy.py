@@ -179,16 +179,15 @@ def measure_lmdeploy(path: Path, options: argparse.Namespace) -> Iterator[dict[s
     """Yield the lines of `python -m benchmarks.engine --backend lmdeploy`."""
     talking = arguments(write_checkpoint(path / "talking", **TALKING))
     host = start(TalkingHost, talking, STORE)
-    said, new = TALKS["short"]
-    talk = conversations(host, options.repeat, 4 if options.quick else 20, said, new)
-    ratio = talk["key"] / talk["off"]
-    yield {
-        "part": "conversations",
-        "model": TALKING,
-        "turns_of": {"prompt": said, "reply": new},
-        "ms": {mode: round(ms, 1) for mode, ms in talk.items()},
-        "targets": {"conversation_key_off": judged(ratio, 1.05)},
-    }
+    for kind, (said, new) in TALKS.items():
+        talk = conversations(host, options.repeat, 4 if options.quick else 20, said, new)
+        yield {
+            "part": "conversations",
+            "model": TALKING,
+            "turns_of": {"kind": kind, "prompt": said, "reply": new},
+            "ms": {mode: round(ms, 1) for mode, ms in talk.items()},
+            "targets": {"conversation_key_off": judged(talk["key"] / talk["off"], 1.05)},
+        }
     ray.kill(host)
     host = start(FinishingHost, talking, STORE)
     found: dict[str, list[float]] = {way: [] for way in WAYS}

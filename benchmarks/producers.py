@@ -4,7 +4,6 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ class Producer:
         first = self._records[0]
         for at in range(0, total, 4096):
             count = min(4096, total - at)
-            copies = [Record(replace(first.meta), first.ids) for _ in range(count)]
+            copies = [Record(first.meta._replace(), first.ids) for _ in range(count)]
             keys = await asyncio.gather(*map(self._store.aput, copies))
             kept += random.sample(keys, min(count, max(1, keep * count // total)))
         return kept

@@ -63,20 +63,21 @@ def materialize(
     columns = columns_of(model.meta.layers, model.moe_layers, spec)
     shape = (*rows.lead, len(columns), model.meta.top_k)
     ids = destination(out, shape, model.meta.dtype, spec.dtype, allocate)
-    valid = np.empty(rows.lead, dtype=np.bool_)
+    valid = np.ones(rows.lead, dtype=np.bool_)
     flat, flat_valid = ids.reshape(rows.rows, *ids.shape[-2:]), valid.reshape(rows.rows)
     padding, copies = Padding(spec, model.num_experts, columns), Copies()
-    filling = Filling(flat, flat_valid, columns, model.meta, padding, copies)
-    for here, piece in rows.placed():
-        number, first, count, at = piece
-        segments = None if number is None else readable[number]
-        if segments is None or number is None:
-            filling.pad(here, at)
-            continue
-        sequence, plan = sequences[number], plans[number]
-        if plan is None or count < sequence.length:
-            plan = stitch(segments, sequence.first + first, count)
-        filling.fill(here, segments, plan, at)
+    filling = Filling(
+        flat, flat_valid, columns, model.meta, padding, copies, pieces=len(rows.pieces)
+    )
+    begin = 0
+    for number, first, count, at in rows.pieces:
+        if number is None or (plan := plans[number]) is None:
+            filling.pad(begin, count, at)
+        elif run := plan.whole:
+            filling.copy(begin, run.segment, run.source + first, count)
+        else:
+            filling.fill(begin, plan.part(first, count), at)
+        begin += count
     copies.run()
     is_moe = set(model.moe_layers)
     moe = tuple(layer for layer in columns if layer in is_moe)

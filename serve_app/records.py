@@ -6,8 +6,9 @@ while the model processed token ``start + j``. P prompt and G returned tokens ha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,12 @@ def narrowest_dtype(num_experts: int) -> np.dtype[Any]:
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
 
 
+@lru_cache(maxsize=256)
+def all_layers(layers: int) -> tuple[int, ...]:
+    """Return the indices of so many layers, one tuple for all records."""
+    return tuple(range(layers))
+
+
 def hash_tokens(tokens: Sequence[int] | npt.NDArray[Any]) -> int:
     """Hash token ids (as little-endian int64), so that an edited prefix is noticed."""
     return int(xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, dtype="<i8").tobytes()))
@@ -39,10 +46,10 @@ def checksum(ids: npt.NDArray[Any]) -> int:
     return int(xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids).view(np.uint8).reshape(-1).data))
 
 
-@dataclass(frozen=True, slots=True)
-class RecordMeta:
+class RecordMeta(NamedTuple):
     """Everything about a record but its ids: small enough to travel with every answer.
 
+    A tuple, because an answer about a thousand keys makes a thousand of them.
     ``moe_layers`` are global layer indices; the columns of other layers mean nothing.
     ``invalid`` lists the rows (relative to ``start``) that must route natively. ``raw`` is set by
     `raw_record` alone: the dtype of an array kept as it came, whose ``num_experts`` (then 0)
@@ -157,7 +164,7 @@ def make_record(
         raise RecordError(f"start must be >= 0, got {start}")
     dtype = narrowest_dtype(num_experts)
     rows, layers, top_k = array.shape
-    moe = tuple(range(layers)) if moe_layers is None else tuple(moe_layers)
+    moe = all_layers(layers) if moe_layers is None else tuple(moe_layers)
     if not moe or list(moe) != sorted(set(moe)) or moe[0] < 0 or moe[-1] >= layers:
         raise RecordError(
             f"moe_layers must be ascending indices below {layers} and not empty, got {moe}"
@@ -211,7 +218,7 @@ def raw_record(array: object) -> Record:
         top_k=top_k,
         num_experts=0,
         start=0,
-        moe_layers=tuple(range(layers)),
+        moe_layers=all_layers(layers),
         weight_version=0,
         checksum=checksum(ids),
         raw=ids.dtype.str,
@@ -227,8 +234,7 @@ def part_of(record: Record, first: int, stop: int, tokens: Sequence[int] | None 
     """
     begin, end = first - record.start, stop - record.start
     ids = record.ids[begin:end]
-    meta = replace(
-        record.meta,
+    meta = record.meta._replace(
         rows=len(ids),
         start=first,
         checksum=checksum(ids),

@@ -13,44 +13,96 @@ Array = npt.NDArray[Any]
 _WORTH_BYTES = 8 << 20
 """Below this, starting threads costs more than they save."""
 _PIECE_BYTES = 4 << 20
+_SHORT_BYTES = 256 << 10
+_GATHERED_BYTES = 2 << 20
 _MOST_THREADS = 4
+KEPT_ELEMENTS = 500
+"""Of so few elements and fewer numpy copies without letting other threads run Python."""
+
+Copy = tuple[Array, list[Array]]
+"""Rows of a target, and the sources that fill them one after the other."""
 
 
 class Copies:
-    """Copies noted now and done together by `run`, widening included; no two may overlap."""
+    """Copies noted now and done together by `run`, widening included; no two may overlap.
+
+    ``helpers`` is how many more threads many bytes are worth.
+    """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Array, Array]] = deque()
-        self._nbytes = 0
+        self.helpers = min(_MOST_THREADS, len(os.sched_getaffinity(0))) - 1
+        self._targets: dict[int, _Target] = {}
 
-    def add(self, target: Array, source: Array) -> None:
-        """Note a copy of ``source`` to ``target``, arrays of one shape ``[rows, …]``."""
-        nbytes = target.nbytes
-        self._nbytes += nbytes
-        if nbytes <= _PIECE_BYTES:
-            self._waiting.append((target, source))
-            return
-        rows = max(1, len(target) * _PIECE_BYTES // nbytes)
-        for at in range(0, len(target), rows):
-            self._waiting.append((target[at : at + rows], source[at : at + rows]))
+    def add(self, target: Array, begin: int, source: Array) -> None:
+        """Note that ``source`` ``[rows, …]`` goes to the rows of ``target`` from ``begin`` on."""
+        if (noted := self._targets.get(id(target))) is None:
+            noted = self._targets[id(target)] = _Target(target)
+        noted.add(begin, source)
 
     def run(self) -> None:
         """Copy everything noted; raise numpy's error if a source does not fit its target."""
-        helpers = min(_MOST_THREADS, len(os.sched_getaffinity(0))) - 1
-        if self._nbytes < _WORTH_BYTES or not helpers:
-            self._work()
+        copies = deque(copy for target in self._targets.values() for copy in target.copies())
+        nbytes = sum(target.nbytes for target, _ in copies)
+        if nbytes < _WORTH_BYTES or not self.helpers:
+            _work(copies)
             return
-        with ThreadPoolExecutor(helpers, thread_name_prefix="r3serve-copy") as threads:
-            helping = [threads.submit(self._work) for _ in range(helpers)]
-            self._work()
+        with ThreadPoolExecutor(self.helpers, thread_name_prefix="r3serve-copy") as threads:
+            helping = [threads.submit(_work, copies) for _ in range(self.helpers)]
+            _work(copies)
             for done in helping:
                 done.result()
 
-    def _work(self) -> None:
-        # A deque hands each copy to one thread, and numpy lets go of the interpreter meanwhile.
-        while True:
-            try:
-                target, source = self._waiting.popleft()
-            except IndexError:
-                return
-            np.copyto(target, source, casting="safe")
+
+def _work(copies: deque[Copy]) -> None:
+    # A deque hands each copy to one thread, and numpy lets go of the interpreter meanwhile.
+    while True:
+        try:
+            target, sources = copies.popleft()
+        except IndexError:
+            return
+        if len(sources) == 1:
+            np.copyto(target, sources[0], casting="safe")
+        else:
+            np.concatenate(sources, out=target, casting="safe")
+
+
+class _Target:
+    """What goes to one array. Short sources of rows that follow each other are one copy.
+
+    Between short copies threads would spend their time waiting for the interpreter.
+    """
+
+    def __init__(self, target: Array) -> None:
+        self._target = target
+        self._row_bytes = max(1, target[:1].nbytes)
+        self._copies: list[Copy] = []
+        self._begin = self._stop = 0
+        self._gathered: list[Array] = []
+
+    def add(self, begin: int, source: Array) -> None:
+        rows = len(source)
+        if rows * self._row_bytes > _SHORT_BYTES:
+            self._add_long(begin, source)
+            return
+        nbytes = (self._stop - self._begin) * self._row_bytes
+        if begin != self._stop or nbytes > _GATHERED_BYTES:
+            self._close()
+            self._begin = begin
+        self._stop = begin + rows
+        self._gathered.append(source)
+
+    def copies(self) -> list[Copy]:
+        self._close()
+        return self._copies
+
+    def _add_long(self, begin: int, source: Array) -> None:
+        stretch = max(1, _PIECE_BYTES // self._row_bytes)
+        for at in range(0, len(source), stretch):
+            piece = source[at : at + stretch]
+            here = slice(begin + at, begin + at + len(piece))
+            self._copies.append((self._target[here], [piece]))
+
+    def _close(self) -> None:
+        if self._gathered:
+            self._copies.append((self._target[self._begin : self._stop], self._gathered))
+        self._gathered = []

@@ -18,10 +18,10 @@ def joined(segments: Sequence[Record]) -> Record:
     start = min(segment.meta.start for segment in segments)
     rows = max(segment.meta.stop for segment in segments) - start
     ids = np.zeros((rows, first.layers, first.top_k), first.dtype)
-    valid = np.zeros(rows, dtype=np.bool_)
+    valid = np.ones(rows, dtype=np.bool_)
     padding, copies = Padding(BatchSpec(), first.num_experts), Copies()
     filling = Filling(ids, valid, range(first.layers), first, padding, copies)
-    filling.fill(slice(0, rows), segments, stitch(segments, start, rows))
+    filling.fill(0, stitch(segments, start, rows))
     copies.run()
     whole = make_record(
         ids,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.assemble.copying import Copies
+from serve_app.assemble.copying import KEPT_ELEMENTS, Copies
 from serve_app.assemble.padding import Padding
 from serve_app.assemble.stitch import Stitched
 from serve_app.records import Record, RecordMeta
@@ -22,9 +22,10 @@ Block = tuple[slice, slice]
 class Filling:
     """A batch ``[rows, columns, top_k]`` of stored or wider ids, and its ``valid`` ``[rows]``.
 
-    What records cover is only noted in ``copies``; it stands there after their ``run``. A piece
-    of a sequence should cost little whatever its size, so views are made once a batch and once a
-    record, and a piece is two slices of them.
+    ``valid`` is all True to begin with. What records cover is only noted in ``copies``; it stands
+    there after their ``run``. A piece of a sequence should cost little whatever its size, so
+    views are made once a batch and once a record, and a piece is two slices of them. There are
+    about ``pieces`` of them.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Filling:
         model: RecordMeta,
         padding: Padding,
         copies: Copies,
+        pieces: int = 1,
     ) -> None:
         self._ids = ids
         self._valid = valid
@@ -42,44 +44,44 @@ class Filling:
         self._copies = copies
         self._blocks = blocks_of(columns)
         whole = len(self._blocks) == 1 and len(columns) == model.layers
-        self._by_element = whole or ids.dtype != model.dtype or not ids.size
+        alone = copies.helpers and len(ids) <= KEPT_ELEMENTS * pieces
+        self._by_id = whole or ids.dtype != model.dtype or not ids.size or bool(alone)
         self._targets = [self._rows(ids[:, block]) for block, _ in self._blocks]
         self._read: Record | None = None
-        self._sources: list[Array] = []
+        self._pairs: list[tuple[Array, Array]] = []
 
-    def pad(self, here: slice, at: int) -> None:
-        """Fill rows that no sequence has, the padded batch's from ``at`` on."""
+    def pad(self, begin: int, count: int, at: int) -> None:
+        """Fill ``count`` rows that no record has, the padded batch's from ``at`` on."""
+        here = slice(begin, begin + count)
         self._padding.fill(self._ids[here], self._valid[here], at)
 
-    def fill(self, here: slice, segments: Sequence[Record], plan: Stitched, at: int = 0) -> None:
-        """Fill rows of one sequence, the padded batch's from ``at`` on."""
-        first_row = here.start
-        for first, count in plan.missing:
-            self.pad(slice(first_row + first, first_row + first + count), at + first)
-        if plan.tail:
-            self.pad(slice(here.stop - 1, here.stop), at + here.stop - 1 - first_row)
-        for target, index, source, count in plan.runs:
-            segment, begin = segments[index], first_row + target
-            stop = begin + count
-            for there, rows in zip(self._targets, self._rows_of(segment), strict=True):
-                self._copies.add(there[begin:stop], rows[source : source + count])
-            self._valid[begin:stop] = True
-            for row in segment.meta.invalid:
-                if source <= row < source + count:
-                    self._valid[begin + row - source] = False
+    def fill(self, begin: int, plan: Stitched, at: int = 0) -> None:
+        """Fill rows of one sequence from ``begin`` on, the padded batch's from ``at`` on."""
+        for first, count in (*plan.missing, *plan.tail):
+            self.pad(begin + first, count, at + first)
+        for target, segment, source, count in plan.runs:
+            self.copy(begin + target, segment, source, count)
 
-    def _rows_of(self, segment: Record) -> list[Array]:
+    def copy(self, begin: int, segment: Record, source: int, count: int) -> None:
+        """Note ``count`` rows from row ``source`` of a record, for the rows from ``begin`` on."""
         if segment is not self._read:
-            self._sources = [self._rows(segment.ids[:, block]) for _, block in self._blocks]
+            sources = (self._rows(segment.ids[:, block]) for _, block in self._blocks)
+            self._pairs = list(zip(self._targets, sources, strict=True))
             self._read = segment
-        return self._sources
+        end = source + count
+        for there, rows in self._pairs:
+            self._copies.add(there, begin, rows[source:end])
+        for row in segment.meta.invalid:
+            if source <= row < end:
+                self._valid[begin + row - source] = False
 
     def _rows(self, ids: Array) -> Array:
         """View each row ``[columns, top_k]`` as one element where no id is widened.
 
-        Of rows with gaps between them numpy copies element by element: halves the time of a slice.
+        Of rows with gaps between them numpy copies element by element: halves the time of a
+        slice. Of short pieces it would let one thread alone do that.
         """
-        if self._by_element:
+        if self._by_id:
             return ids
         row = _row_of(ids.dtype.itemsize * ids.shape[1] * ids.shape[2])
         return ids.reshape(len(ids), -1).view(row)

@@ -9,7 +9,6 @@ Zigzag is Megatron's load balancing for causal attention: each padded sequence i
 2·cp chunks, and rank r takes chunk r and, counted from the end, chunk r again.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,6 +127,8 @@ def _context_parallel(boundaries: Sequence[int], rank: RankSlice) -> list[Range]
 def _sequence_parallel(ranges: list[Range], rank: RankSlice) -> list[Range]:
     count = sum(end - begin for begin, end in ranges)
     share = _share(count, rank.sp_size, "rows of the rank", "sp_size")
+    if rank.sp_size == 1:
+        return ranges
     first, stop = rank.sp_rank * share, (rank.sp_rank + 1) * share
     kept: list[Range] = []
     at = 0
@@ -148,22 +149,22 @@ def _share(count: int, parts: int, what: str, by: str) -> int:
 
 
 def _pieces(ranges: list[Range], lengths: Sequence[int], boundaries: list[int]) -> list[Piece]:
-    return [piece for span in ranges for piece in _split(span, lengths, boundaries)]
-
-
-def _split(span: Range, lengths: Sequence[int], boundaries: list[int]) -> Iterator[Piece]:
-    """Cut a range of padded rows where sequences and their padding begin."""
-    at, end = span
-    while at < end:
-        index = bisect_right(boundaries, at) - 1
-        if index >= len(lengths):
-            yield Piece(None, 0, end - at, at)
-            return
-        real_end, stop = boundaries[index] + lengths[index], min(end, boundaries[index + 1])
-        if at < real_end:
-            count = min(real_end, stop) - at
-            yield Piece(index, at - boundaries[index], count, at)
-        else:
-            count = stop - at
-            yield Piece(None, 0, count, at)
-        at += count
+    """Cut ascending ranges of padded rows where sequences and their padding begin."""
+    pieces: list[Piece] = []
+    index, count = 0, len(lengths)
+    for at, end in ranges:
+        while at < end:
+            while index < count and boundaries[index + 1] <= at:
+                index += 1
+            if index == count:
+                pieces.append(Piece(None, 0, end - at, at))
+                break
+            begin, stop = boundaries[index], min(end, boundaries[index + 1])
+            real_end = begin + lengths[index]
+            if at < real_end:
+                stop = min(stop, real_end)
+                pieces.append(Piece(index, at - begin, stop - at, at))
+            else:
+                pieces.append(Piece(None, 0, stop - at, at))
+            at = stop
+    return pieces

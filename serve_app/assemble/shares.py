@@ -76,7 +76,7 @@ def join(
         at = 0
         for here in share.targets:
             there = slice(at, at := at + here.stop - here.start)
-            copies.add(flat[here], answer.ids[there])
+            copies.add(flat, here.start, answer.ids[there])
             flat_valid[here] = answer.valid[there]
     padding = Padding(spec, first.num_experts, first.columns)
     for here, piece in rows.placed():

@@ -12,23 +12,42 @@ from serve_app.records import Record
 
 
 class Run(NamedTuple):
-    """``count`` rows from row ``source`` of record ``segment``, to row ``target``."""
+    """``count`` rows from row ``source`` of a record, to row ``target``."""
 
     target: int
-    segment: int
+    segment: Record
     source: int
     count: int  # type: ignore[assignment]  # a tuple's own count is of no use here
 
 
-class Stitched(NamedTuple):
-    """How to fill ``length`` rows: runs to copy, and the spans (first, count) left missing.
+Span = tuple[int, int]
+"""The first of some rows, and how many."""
 
-    ``tail`` is 1 when the last row is the one that no engine captures.
+
+class Stitched(NamedTuple):
+    """How to fill ``length`` rows: runs to copy, spans that are missing, and the tail.
+
+    ``tail`` has the last row if it is the one that no engine captures.
     """
 
+    length: int
     runs: list[Run]
-    missing: list[tuple[int, int]]
-    tail: int
+    missing: list[Span]
+    tail: list[Span]
+
+    @property
+    def whole(self) -> Run | None:
+        """The one run that covers all rows, if there is one."""
+        return self.runs[0] if self.runs and self.runs[0].count == self.length else None
+
+    def part(self, first: int, count: int) -> "Stitched":
+        """Return how to fill ``count`` of the rows from ``first`` on."""
+        runs: list[Run] = []
+        for target, segment, source, rows in self.runs:
+            for begin, kept in _within([(target, rows)], first, count):
+                runs.append(Run(begin, segment, source + first + begin - target, kept))
+        missing, tail = (_within(spans, first, count) for spans in (self.missing, self.tail))
+        return Stitched(count, runs, missing, tail)
 
 
 def stitch(segments: Sequence[Record], first: int, length: int) -> Stitched:
@@ -36,9 +55,10 @@ def stitch(segments: Sequence[Record], first: int, length: int) -> Stitched:
     stop = first + length
     whole = segments[0].meta
     if len(segments) == 1 and whole.start <= first and stop <= whole.stop:
-        return Stitched([Run(0, 0, first - whole.start, length)], [], 0)  # nearly every sequence
+        # nearly every sequence
+        return Stitched(length, [Run(0, segments[0], first - whole.start, length)], [], [])
     gaps, runs = [(first, stop)], list[Run]()
-    for index, segment in enumerate(segments):
+    for segment in segments:
         left: list[tuple[int, int]] = []
         for begin, end in gaps:
             here = max(segment.meta.start, begin), min(segment.meta.stop, end)
@@ -46,12 +66,19 @@ def stitch(segments: Sequence[Record], first: int, length: int) -> Stitched:
                 left.append((begin, end))
                 continue
             source = here[0] - segment.meta.start
-            runs.append(Run(here[0] - first, index, source, here[1] - here[0]))
+            runs.append(Run(here[0] - first, segment, source, here[1] - here[0]))
             left += [gap for gap in ((begin, here[0]), (here[1], end)) if gap[0] < gap[1]]
         gaps = left
     captured = max(segment.meta.stop for segment in segments)
-    tail = int(bool(gaps) and gaps[-1][1] == stop == captured + 1)
-    if tail:
+    tail: list[Span] = []
+    if gaps and gaps[-1][1] == stop == captured + 1:
         begin, end = gaps.pop()
         gaps += [(begin, end - 1)] if begin < end - 1 else []
-    return Stitched(runs, [(begin - first, end - begin) for begin, end in gaps], tail)
+        tail = [(length - 1, 1)]
+    return Stitched(length, runs, [(begin - first, end - begin) for begin, end in gaps], tail)
+
+
+def _within(spans: Sequence[Span], first: int, count: int) -> list[Span]:
+    """Cut spans to ``count`` rows from ``first`` on, and count from there."""
+    cut = ((max(at, first), min(at + rows, first + count)) for at, rows in spans)
+    return [(begin - first, end - begin) for begin, end in cut if begin < end]

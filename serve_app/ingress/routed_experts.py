@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -205,7 +204,7 @@ def _part(record: Record, body: FetchBody, most: int) -> Record:
     if stop - first == meta.rows:
         return record
     if meta.raw:
-        return Record(replace(meta, rows=stop - first), record.ids[first:stop])
+        return Record(meta._replace(rows=stop - first), record.ids[first:stop])
     return part_of(record, first, stop)
 
 

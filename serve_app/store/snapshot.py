@@ -81,7 +81,7 @@ class SnapshotWriter:
 
     def write(self, entries: list[Entry], arrays: list[Ids]) -> None:
         """Save one page."""
-        listed = json.dumps([asdict(entry) for entry in entries])
+        listed = json.dumps([_item(entry) for entry in entries])
         metadata = {
             "format": FORMAT,
             "app": self._app,
@@ -159,6 +159,10 @@ def _check_metadata(metadata: dict[str, str], app: str) -> None:
         raise ValueError(f"expected records of application {app!r}, got {metadata.get('app')!r}")
     if xxhash.xxh3_64_hexdigest(metadata["records"].encode()) != metadata["hash"]:
         raise ValueError("the list of records was altered")
+
+
+def _item(entry: Entry) -> dict[str, Any]:
+    return {**asdict(entry), "meta": entry.meta._asdict()}
 
 
 def _entry(item: dict[str, Any]) -> Entry:

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import struct
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -164,7 +163,7 @@ def _record(
         raise RecordError(f"expected zeros in the columns of dense layers, MoE: {shown(layers)}")
     made.ids.flags.writeable = False
     token_hash = None if fields["token_hash"] is None else _hash(fields["token_hash"])
-    return Record(replace(made.meta, token_hash=token_hash), made.ids)
+    return Record(made.meta._replace(token_hash=token_hash), made.ids)
 
 
 def _hash(value: object) -> int:

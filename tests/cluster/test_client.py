@@ -106,7 +106,7 @@ def test_from_a_task(app: str) -> None:
 @pytest.mark.parametrize("kind", [Trainer, AsyncTrainer])
 def test_from_an_actor_on_any_node(app: str, kind: type, node: str) -> None:
     actor: Any = ray.remote(kind).options(resources={node: 1}).remote()
-    assert ray.get(actor.work.remote(), timeout=60)[1:] == [4, 4]
+    assert ray.get(actor.work.remote(), timeout=180)[1:] == [4, 4]
     ray.kill(actor)
 
 
@@ -212,7 +212,7 @@ def test_http_gives_the_same(client: RoutedExpertsClient) -> None:
         "ignore_eos": True,
     }
     body |= {"return_routed_experts": True, "return_logprob": True, "unknown_field": 1}
-    answer = requests.post(f"{at}/generate", json=body, timeout=60).json()
+    answer = requests.post(f"{at}/generate", json=body, timeout=180).json()
     expected = client.generate(request(temperature=0, return_routed_experts=False))
     assert answer["output_ids"] == expected.output_ids
     assert answer["text"] == expected.text
@@ -222,11 +222,11 @@ def test_http_gives_the_same(client: RoutedExpertsClient) -> None:
     assert [token for _, token in meta["output_token_logprobs"]] == expected.output_ids
     assert client.get(meta["routed_experts"]).ids.shape == (9, 4, 4)
     client.release([meta["routed_experts"]])
-    refused = requests.post(f"{at}/generate", json={"input_ids": [9999]}, timeout=60)
+    refused = requests.post(f"{at}/generate", json={"input_ids": [9999]}, timeout=180)
     assert refused.status_code == 400
     assert "9999" in refused.json()["message"]
     assert refused.json()["object"] == "error"
-    empty = requests.post(f"{at}/generate", json={"input_ids": []}, timeout=60)
+    empty = requests.post(f"{at}/generate", json={"input_ids": []}, timeout=180)
     assert (empty.status_code, empty.json()["type"]) == (400, "invalid_request_error")
 
 
