@@ -60,7 +60,7 @@ class Decoders:
             return packed
         ids = destination(out, packed.ids.shape, packed.ids.dtype, spec.dtype, make)
         copies = Copies()
-        copies.add(ids, 0, packed.ids)
+        copies.into(ids).add(0, packed.ids)
         copies.run()
         return replace(packed, ids=ids)
 

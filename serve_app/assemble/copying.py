@@ -31,17 +31,16 @@ class Copies:
 
     def __init__(self) -> None:
         self.helpers = min(_MOST_THREADS, len(os.sched_getaffinity(0))) - 1
-        self._targets: dict[int, _Target] = {}
+        self._targets: list[Target] = []
 
-    def add(self, target: Array, begin: int, source: Array) -> None:
-        """Note that ``source`` ``[rows, …]`` goes to the rows of ``target`` from ``begin`` on."""
-        if (noted := self._targets.get(id(target))) is None:
-            noted = self._targets[id(target)] = _Target(target)
-        noted.add(begin, source)
+    def into(self, array: Array) -> "Target":
+        """Return what takes notes of the copies to one array."""
+        self._targets.append(Target(array))
+        return self._targets[-1]
 
     def run(self) -> None:
         """Copy everything noted; raise numpy's error if a source does not fit its target."""
-        copies = deque(copy for target in self._targets.values() for copy in target.copies())
+        copies = deque(copy for target in self._targets for copy in target.copies())
         nbytes = sum(target.nbytes for target, _ in copies)
         if nbytes < _WORTH_BYTES or not self.helpers:
             _work(copies)
@@ -66,20 +65,21 @@ def _work(copies: deque[Copy]) -> None:
             np.concatenate(sources, out=target, casting="safe")
 
 
-class _Target:
-    """What goes to one array. Short sources of rows that follow each other are one copy.
+class Target:
+    """What goes to one array ``[rows, …]``. Short sources that follow each other are one copy.
 
     Between short copies threads would spend their time waiting for the interpreter.
     """
 
-    def __init__(self, target: Array) -> None:
-        self._target = target
-        self._row_bytes = max(1, target[:1].nbytes)
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self._row_bytes = max(1, array[:1].nbytes)
         self._copies: list[Copy] = []
         self._begin = self._stop = 0
         self._gathered: list[Array] = []
 
     def add(self, begin: int, source: Array) -> None:
+        """Note that ``source`` ``[rows, …]`` goes to the rows from ``begin`` on."""
         rows = len(source)
         if rows * self._row_bytes > _SHORT_BYTES:
             self._add_long(begin, source)
@@ -92,6 +92,7 @@ class _Target:
         self._gathered.append(source)
 
     def copies(self) -> list[Copy]:
+        """Return what was noted."""
         self._close()
         return self._copies
 
@@ -100,9 +101,9 @@ class _Target:
         for at in range(0, len(source), stretch):
             piece = source[at : at + stretch]
             here = slice(begin + at, begin + at + len(piece))
-            self._copies.append((self._target[here], [piece]))
+            self._copies.append((self._array[here], [piece]))
 
     def _close(self) -> None:
         if self._gathered:
-            self._copies.append((self._target[self._begin : self._stop], self._gathered))
+            self._copies.append((self._array[self._begin : self._stop], self._gathered))
         self._gathered = []

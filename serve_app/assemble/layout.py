@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.assemble.copying import KEPT_ELEMENTS, Copies
+from serve_app.assemble.copying import KEPT_ELEMENTS, Copies, Target
 from serve_app.assemble.padding import Padding
 from serve_app.assemble.stitch import Stitched
 from serve_app.records import Record, RecordMeta
@@ -41,14 +41,13 @@ class Filling:
         self._ids = ids
         self._valid = valid
         self._padding = padding
-        self._copies = copies
         self._blocks = blocks_of(columns)
         whole = len(self._blocks) == 1 and len(columns) == model.layers
         alone = copies.helpers and len(ids) <= KEPT_ELEMENTS * pieces
         self._by_id = whole or ids.dtype != model.dtype or not ids.size or bool(alone)
-        self._targets = [self._rows(ids[:, block]) for block, _ in self._blocks]
+        self._targets = [copies.into(self._rows(ids[:, block])) for block, _ in self._blocks]
         self._read: Record | None = None
-        self._pairs: list[tuple[Array, Array]] = []
+        self._pairs: list[tuple[Target, Array]] = []
 
     def pad(self, begin: int, count: int, at: int) -> None:
         """Fill ``count`` rows that no record has, the padded batch's from ``at`` on."""
@@ -69,8 +68,8 @@ class Filling:
             self._pairs = list(zip(self._targets, sources, strict=True))
             self._read = segment
         end = source + count
-        for there, rows in self._pairs:
-            self._copies.add(there, begin, rows[source:end])
+        for target, rows in self._pairs:
+            target.add(begin, rows[source:end])
         for row in segment.meta.invalid:
             if source <= row < end:
                 self._valid[begin + row - source] = False

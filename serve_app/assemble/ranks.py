@@ -119,8 +119,8 @@ def _context_parallel(boundaries: Sequence[int], rank: RankSlice) -> list[Range]
     ranges: list[Range] = []
     for begin, end in pairwise(boundaries):
         chunk = _share(end - begin, 2 * size, "rows of a padded sequence", "2 * cp_size")
-        starts = (begin + number * chunk for number in (index, 2 * size - 1 - index))
-        ranges += [(start, start + chunk) for start in starts]
+        first, last = begin + index * chunk, end - index * chunk
+        ranges += ((first, first + chunk), (last - chunk, last))
     return ranges
 
 

@@ -72,11 +72,12 @@ def join(
     valid = np.empty(rows.lead, dtype=np.bool_)
     flat, flat_valid = ids.reshape(rows.rows, *each), valid.reshape(rows.rows)
     copies = Copies()
+    target = copies.into(flat)
     for share, answer in zip(shares, answers, strict=True):
         at = 0
         for here in share.targets:
             there = slice(at, at := at + here.stop - here.start)
-            copies.add(flat, here.start, answer.ids[there])
+            target.add(here.start, answer.ids[there])
             flat_valid[here] = answer.valid[there]
     padding = Padding(spec, first.num_experts, first.columns)
     for here, piece in rows.placed():

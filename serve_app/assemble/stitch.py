@@ -31,9 +31,9 @@ class Stitched(NamedTuple):
     """
 
     length: int
-    runs: list[Run]
-    missing: list[Span]
-    tail: list[Span]
+    runs: Sequence[Run]
+    missing: Sequence[Span] = ()
+    tail: Sequence[Span] = ()
 
     @property
     def whole(self) -> Run | None:
@@ -56,7 +56,7 @@ def stitch(segments: Sequence[Record], first: int, length: int) -> Stitched:
     whole = segments[0].meta
     if len(segments) == 1 and whole.start <= first and stop <= whole.stop:
         # nearly every sequence
-        return Stitched(length, [Run(0, segments[0], first - whole.start, length)], [], [])
+        return Stitched(length, (Run(0, segments[0], first - whole.start, length),))
     gaps, runs = [(first, stop)], list[Run]()
     for segment in segments:
         left: list[tuple[int, int]] = []

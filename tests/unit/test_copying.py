@@ -15,9 +15,9 @@ def test_all_copies_arrive_and_widen(rows: int, dtype: type) -> None:
     source = np.random.default_rng(rows).integers(0, 256, (rows, 7, 8), np.uint8)
     target: npt.NDArray[Any] = np.full((2 * rows, 9, 8), 255, dtype)
     copies = Copies()
-    columns = target[:, 1:8]
-    copies.add(columns, 0, source)
-    copies.add(columns, rows, source[::-1])
+    columns = copies.into(target[:, 1:8])
+    columns.add(0, source)
+    columns.add(rows, source[::-1])
     copies.run()
     assert np.array_equal(target[:rows, 1:8], source)
     assert np.array_equal(target[rows:, 1:8], source[::-1])
@@ -28,7 +28,7 @@ def test_all_copies_arrive_and_widen(rows: int, dtype: type) -> None:
 @pytest.mark.parametrize("rows", [2, 1_000_000])
 def test_a_target_that_is_too_narrow_is_an_error(rows: int) -> None:
     copies = Copies()
-    copies.add(np.empty((rows, 3, 8), np.uint8), 0, np.zeros((rows, 3, 8), np.uint16))
+    copies.into(np.empty((rows, 3, 8), np.uint8)).add(0, np.zeros((rows, 3, 8), np.uint16))
     with pytest.raises(TypeError, match="uint16"):
         copies.run()
 
@@ -44,18 +44,20 @@ def test_short_pieces_arrive_where_they_belong(pieces: int, dtype: type) -> None
     sources = [dice.integers(0, 256, (length, 3, 8), np.uint8) for length in lengths]
     whole: npt.NDArray[Any] = np.full((starts[-1] + lengths[-1], 3, 8), 255, dtype)
     expected, copies = whole.copy(), Copies()
+    target = copies.into(whole)
     order = dice.permutation(pieces) if pieces < 100 else range(pieces)
     for number in order:
         start, source = starts[number], sources[number]
-        copies.add(whole, int(start), source)
+        target.add(int(start), source)
         expected[start : start + len(source)] = source
     copies.run()
     assert np.array_equal(whole, expected)
 
 
 def test_a_short_piece_that_is_too_wide_is_an_error() -> None:
-    target, copies = np.empty((4, 3, 8), np.uint8), Copies()
-    copies.add(target, 0, np.zeros((2, 3, 8), np.uint8))
-    copies.add(target, 2, np.zeros((2, 3, 8), np.uint16))
+    copies = Copies()
+    target = copies.into(np.empty((4, 3, 8), np.uint8))
+    target.add(0, np.zeros((2, 3, 8), np.uint8))
+    target.add(2, np.zeros((2, 3, 8), np.uint16))
     with pytest.raises(TypeError, match="uint16"):
         copies.run()
