@@ -1,4 +1,4 @@
-"""A Ray of the benchmark's own, with the store and the decoder served on it."""
+"""A Ray of the benchmark's own, of one node or two, with store and decoder served on it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.cluster_utils import Cluster
 
 from benchmarks.lines import only_lines
 from serve_app.config import DecoderArgs, ServeOptions, StoreArgs
@@ -33,16 +34,40 @@ def own_ray(object_store_bytes: int) -> Iterator[None]:
             ray.shutdown()
 
 
-def start(actor: type, *args: object) -> Any:
-    """Start an actor that asks for no resources; it ends with its handle."""
+@contextmanager
+def own_nodes(other: str, object_store_bytes: int) -> Iterator[None]:
+    """Start two raylets, this process on the first; the second has the resource ``other``."""
+    size: dict[str, Any] = {"num_cpus": 2, "object_store_memory": object_store_bytes}
+    nodes = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+    with only_lines():
+        try:
+            nodes.add_node(**size, resources={other: 100})
+            ray.init(address=nodes.address, log_to_driver=False)
+            yield
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+            nodes.shutdown()  # type: ignore[no-untyped-call]
+
+
+def start(actor: type, *args: object, on: str | None = None) -> Any:
+    """Start an actor that asks for no CPU, on any node or one with the resource ``on``.
+
+    It ends with its handle.
+    """
     remote: Any = ray.remote(actor)
-    return remote.options(num_cpus=0).remote(*args)
+    return remote.options(num_cpus=0, resources={on: 1} if on else None).remote(*args)
 
 
-def serve_decoder(app: str) -> None:
-    """Serve a store and one decoder replica as application ``app``; no HTTP."""
+def serve_decoder(app: str, *, replicas: int = 1) -> None:
+    """Serve a store and a decoder replica on each of so many nodes as ``app``; no HTTP."""
     store = StoreArgs()
-    decoder = DecoderArgs(serve=ServeOptions(max_ongoing_requests=8))
+    one_a_node = {"max_replicas_per_node": 1, "num_cpus": 0} if replicas > 1 else {}
+    decoder = DecoderArgs(
+        serve=ServeOptions(
+            min_replicas=replicas, max_replicas=replicas, max_ongoing_requests=8, **one_a_node
+        )
+    )
     open_directory(app, store, store.call_timeout_s)
     serve.start(proxy_location="Disabled")
     supervisor = serve.deployment(name=STORE, **store.serve.deployment())(ExpertStore)

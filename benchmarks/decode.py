@@ -7,8 +7,7 @@ ratio of two of them; promises about bytes are exact.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from benchmarks.cluster import own_ray, serve_decoder, start
 from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
 from benchmarks.measuring import Path, Target, Times, interleaved
-from benchmarks.rollouts import RolloutEngine, Shape
+from benchmarks.rollouts import RolloutEngine, Rollouts, Shape
 from benchmarks.upstream import SharedStore
 from serve_app.client import RoutedExpertsClient
 from serve_app.types import ExpertBatch, RankSlice, RoutedSequence
@@ -49,24 +48,8 @@ GRID_TARGETS = tuple(
 KEY_TARGETS = (Target("one_call_vs_twenty", "one_call", "twenty_calls", most=1),)
 
 
-@dataclass(frozen=True, slots=True)
-class Rollouts:
-    """Records of one shape in the store, and the client that reads them."""
-
-    client: RoutedExpertsClient
-    shape: Shape
-    sequences: list[RoutedSequence]
-
-    def read(self, **how: Any) -> Callable[[Any], ExpertBatch]:
-        return lambda _: self.client.materialize(self.sequences, **how)
-
-
 def put(shape: Shape) -> Rollouts:
-    engine = start(RolloutEngine, shape, EXPERTS)
-    keys = ray.get(engine.put.remote(APP))
-    return Rollouts(
-        RoutedExpertsClient(APP), shape, [RoutedSequence(key, shape.rows) for key in keys]
-    )
+    return Rollouts.put(APP, shape, start(RolloutEngine, shape, EXPERTS))
 
 
 def shape_line(shape: Shape, repeat: int) -> dict[str, Any]:
@@ -92,7 +75,7 @@ def shape_line(shape: Shape, repeat: int) -> dict[str, Any]:
     # Enough rounds of 8 times the bytes; more of them say nothing new.
     times |= interleaved(wide, max(2, repeat // 2), touched_bytes=8 * reused.nbytes)
     targets |= {target.name: target.judge(times) for target in WIDE_TARGETS}
-    rollouts.client.release([sequence.key for sequence in rollouts.sequences])
+    rollouts.release()
     return {
         "part": "shapes",
         "shape": str(shape),
@@ -120,7 +103,7 @@ def grid_line(shape: Shape, repeat: int) -> dict[str, Any]:
         touched = (8 if wide else 2) * whole.ids.nbytes
         times |= interleaved(paths, rounds, touched_bytes=touched)
     share = part.ids.nbytes / whole.ids.nbytes
-    rollouts.client.release([sequence.key for sequence in rollouts.sequences])
+    rollouts.release()
     return {
         "part": "grid",
         "shape": str(shape),
@@ -198,7 +181,7 @@ def keys_line(shape: Shape, repeat: int) -> dict[str, Any]:
 
     paths = [Path("one_call", rollouts.read(where="local")), Path("twenty_calls", twenty)]
     times = interleaved(paths, repeat, touched_bytes=2 * int(np.prod(shape.packed)))
-    client.release([sequence.key for sequence in sequences])
+    rollouts.release()
     return {
         "part": "keys",
         "shape": str(shape),

@@ -1,6 +1,7 @@
-"""Finished rollouts of one shape, put the way an engine puts them: from its asyncio actor."""
+"""Finished rollouts of one shape: put as an engine puts them, read as a trainer reads them."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -8,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from serve_app.client import RoutedExpertsClient
 from serve_app.records import Record, make_record, narrowest_dtype
 from serve_app.store.client import connect
+from serve_app.types import ExpertBatch, RoutedSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,31 @@ class RolloutEngine:
         arrays = [record.ids.astype(np.uint16) for record in self._records]
         keys: list[str] = await asyncio.gather(*(store.put.remote(array) for array in arrays))
         return keys
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Rollouts of one shape in the store, and the client that reads them."""
+
+    client: RoutedExpertsClient
+    shape: Shape
+    sequences: list[RoutedSequence]
+
+    @classmethod
+    def put(cls, app: str, shape: Shape, engine: Any) -> Self:
+        """Let a `RolloutEngine` actor put its rollouts."""
+        keys = ray.get(engine.put.remote(app))
+        return cls(
+            RoutedExpertsClient(app), shape, [RoutedSequence(key, shape.rows) for key in keys]
+        )
+
+    def read(self, **how: Any) -> Callable[[Any], ExpertBatch]:
+        """Return what materializes them all in one call."""
+        return lambda _: self.client.materialize(self.sequences, **how)
+
+    def release(self) -> None:
+        """Give their memory back."""
+        self.client.release([sequence.key for sequence in self.sequences])
 
 
 def _record(shape: Shape, num_experts: int, seed: int) -> Record:
