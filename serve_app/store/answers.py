@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from serve_app.errors import KeyUnreadable
-from serve_app.records import RecordMeta
+from serve_app.records import Ids, RecordMeta
 from serve_app.store.holdings import Payload
 
 if TYPE_CHECKING:
@@ -14,8 +17,10 @@ if TYPE_CHECKING:
 
     from serve_app.store.outbox import Batch
 
-Place = bytes | tuple[int, int]
-"""A record's bytes, or the number of the ref and the index in its list."""
+Place = tuple[int, int]
+"""The number of the ref and the index in its list; of a small record `SMALL` and an offset."""
+SMALL = -1
+_ALIGNED = 8
 Found = list[tuple[RecordMeta, Place]]
 """A key's segments."""
 Described = list[list[RecordMeta] | KeyUnreadable]
@@ -38,10 +43,12 @@ class ReadAnswer:
     """One answer for a whole batch of keys: what each is made of, and every object once.
 
     ``packed`` is pickled here, because Ray's pickler takes ten times as long over many headers,
-    and as plain tuples, which take half as long as named ones.
+    and as plain tuples, which take half as long as named ones. ``small`` has the bytes of all
+    small records in one array, which many of them reach the reader in without being copied.
     """
 
     packed: bytes
+    small: npt.NDArray[np.uint8]
     refs: "list[ray.ObjectRef[Batch]]"
 
     @property
@@ -63,6 +70,8 @@ class Collected:
 
     def __init__(self) -> None:
         self._chains: list[list[tuple[tuple[Any, ...], Place]] | KeyUnreadable] = []
+        self._small: list[bytes] = []
+        self._small_bytes = 0
         self._refs: list[ray.ObjectRef[Batch]] = []
         self._numbers: dict[int, int] = {}
 
@@ -76,12 +85,24 @@ class Collected:
 
     def answer(self) -> ReadAnswer:
         """Return everything that was added."""
-        return ReadAnswer(pickle.dumps(self._chains, pickle.HIGHEST_PROTOCOL), self._refs)
+        packed = pickle.dumps(self._chains, pickle.HIGHEST_PROTOCOL)
+        small = np.frombuffer(b"".join([*self._small, bytes(_ALIGNED)]), np.uint8)
+        return ReadAnswer(packed, small, self._refs)
 
     def _place(self, payload: Payload) -> Place:
         if isinstance(payload, bytes):
-            return payload
+            offset, padding = self._small_bytes, -len(payload) % _ALIGNED
+            self._small += (payload, bytes(padding)) if padding else (payload,)
+            self._small_bytes += len(payload) + padding
+            return SMALL, offset
         blob = payload.blob
         if (number := self._numbers.setdefault(id(blob), len(self._refs))) == len(self._refs):
             self._refs.append(blob.ref)
         return number, payload.index
+
+
+def ids_of(meta: RecordMeta, small: npt.NDArray[np.uint8], offset: int) -> Ids:
+    """Return a small record's ids, a view of its answer's ``small``."""
+    shape = meta.rows, meta.layers, meta.top_k
+    ids: Ids = np.ndarray(shape, meta.dtype, small.data, offset)
+    return ids

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 from ray.exceptions import RayError
 
@@ -12,7 +13,7 @@ from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
 from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store import outbox
-from serve_app.store.answers import Found, ReadAnswer, unpack_described
+from serve_app.store.answers import SMALL, Found, ReadAnswer, ids_of, unpack_described
 from serve_app.store.base import Segments, Unreadable
 from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, line, translate
 from serve_app.store.directory import Settings, find_directory, list_shards, open_shard, this_node
@@ -88,7 +89,7 @@ class ShardStore:
 
     def fetch(self, keys: Sequence[str]) -> list[Segments | Unreadable]:
         """See `RecordStore`."""
-        reads: list[tuple[str, Found, int]] = []
+        reads: list[tuple[str, Found, npt.NDArray[np.uint8], int]] = []
         refs: list[ray.ObjectRef[outbox.Batch]] = []
         here = True
 
@@ -100,7 +101,7 @@ class ShardStore:
                 if isinstance(found, KeyUnreadable):
                     unreadable[text] = found
                 else:
-                    reads.append((text, found, len(refs)))
+                    reads.append((text, found, reply.small, len(refs)))
             refs.extend(reply.refs)
             return unreadable
 
@@ -108,8 +109,8 @@ class ShardStore:
             **self._router.ask(keys, lambda shard, texts: shard.read.remote(texts), receive)
         }
         batches = get_all(refs, self.args.call_timeout_s, here=here)
-        for text, found, first in reads:
-            answers[text] = _segments(found, batches, first)
+        for text, found, small, first in reads:
+            answers[text] = _segments(found, small, batches, first)
         return [answers[text] for text in keys]
 
     def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
@@ -174,9 +175,9 @@ class ShardStore:
                 batches = get_all(read.refs, self.args.call_timeout_s)
                 arrays: list[Ids] = []
                 for found in read.found:
-                    segments = (
-                        found if isinstance(found, KeyUnreadable) else _segments(found, batches)
-                    )
+                    if isinstance(found, KeyUnreadable):
+                        raise found
+                    segments = _segments(found, read.small, batches)
                     if not isinstance(segments, list):
                         raise segments
                     arrays.append(segments[0].ids)
@@ -295,19 +296,21 @@ def _one(answers: list[str | StoreError]) -> str:
 
 
 def _segments(
-    found: Found, batches: list[outbox.Batch | Unreadable], first: int = 0
+    found: Found,
+    small: npt.NDArray[np.uint8],
+    batches: list[outbox.Batch | Unreadable],
+    first: int = 0,
 ) -> Segments | Unreadable:
     """Join headers and bytes; the answer's own batches begin at number ``first``."""
     segments: Segments = []
-    for meta, where in found:
-        if isinstance(where, bytes):
-            ids = np.frombuffer(where, meta.dtype).reshape(meta.rows, meta.layers, meta.top_k)
-            segments.append(Record(meta, ids))
+    for meta, (number, index) in found:
+        if number == SMALL:
+            segments.append(Record(meta, ids_of(meta, small, index)))
             continue
-        batch = batches[first + where[0]]
+        batch = batches[first + number]
         if not isinstance(batch, list):
             return batch
-        segments.append(Record(meta, batch[where[1]]))
+        segments.append(Record(meta, batch[index]))
     return segments
 
 
