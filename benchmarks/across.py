@@ -15,10 +15,11 @@ from benchmarks.cluster import own_nodes, serve_decoder, start
 from benchmarks.decode import EXPERTS, GRID, QUICK_SHAPES, SHAPES
 from benchmarks.lines import emit
 from benchmarks.machine import describe, versions
-from benchmarks.measuring import Path, Target, interleaved
+from benchmarks.measuring import Path, Target, Times, interleaved
 from benchmarks.rollouts import RolloutEngine, Rollouts, Shape
 
 APP, ENGINES = "across", "engines"
+HOW: dict[str, dict[str, Any]] = {"whole": {}, "rank": {"rank": GRID}}
 TARGETS = (
     Target("rank_vs_whole", "rank", "whole", most=0.5),
     Target("rank_int64_vs_whole", "rank_int64", "whole_int64", most=0.5),
@@ -28,13 +29,11 @@ TARGETS = (
 def line(shape: Shape, repeat: int) -> dict[str, Any]:
     """One rank's slice, beside the whole batch."""
     rollouts = Rollouts.put(APP, shape, start(RolloutEngine, shape, EXPERTS, on=ENGINES))
-    paths = [
-        Path(name + wide, rollouts.read(**how, **dtype))
-        for name, how in (("whole", {}), ("rank", {"rank": GRID}))
-        for wide, dtype in (("", {}), ("_int64", {"dtype": "int64"}))
-    ]
-    whole, rank = (path.run(None).ids.nbytes for path in (paths[0], paths[2]))
-    times = interleaved(paths, repeat, touched_bytes=2 * whole)
+    whole, rank = (rollouts.read(**how)(None).ids.nbytes for how in HOW.values())
+    times: dict[str, Times] = {}
+    for wide, dtype, times_the_bytes in (("", {}, 2), ("_int64", {"dtype": "int64"}, 8)):
+        paths = [Path(name + wide, rollouts.read(**how, **dtype)) for name, how in HOW.items()]
+        times |= interleaved(paths, repeat, touched_bytes=times_the_bytes * whole)
     rollouts.release()
     return {
         "shape": str(shape),

@@ -43,10 +43,12 @@ def own_nodes(other: str, object_store_bytes: int) -> Iterator[None]:
         try:
             nodes.add_node(**size, resources={other: 100})
             ray.init(address=nodes.address, log_to_driver=False)
-            yield
+            try:
+                yield
+            finally:
+                serve.shutdown()  # type: ignore[no-untyped-call]
+                ray.shutdown()
         finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
-            ray.shutdown()
             nodes.shutdown()  # type: ignore[no-untyped-call]
 
 

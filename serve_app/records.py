@@ -36,6 +36,12 @@ def all_layers(layers: int) -> tuple[int, ...]:
     return tuple(range(layers))
 
 
+@lru_cache(maxsize=256)
+def one_tuple(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return one and the same tuple for all equal ones; pickle writes it once, too."""
+    return layers
+
+
 def hash_tokens(tokens: Sequence[int] | npt.NDArray[Any]) -> int:
     """Hash token ids (as little-endian int64), so that an edited prefix is noticed."""
     return int(xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, dtype="<i8").tobytes()))

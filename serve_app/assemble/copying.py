@@ -24,13 +24,10 @@ Copy = tuple[Array, list[Array]]
 
 
 class Copies:
-    """Copies noted now and done together by `run`, widening included; no two may overlap.
-
-    ``helpers`` is how many more threads many bytes are worth.
-    """
+    """Copies noted first and then done together by `run`, once; no two may overlap."""
 
     def __init__(self) -> None:
-        self.helpers = min(_MOST_THREADS, len(os.sched_getaffinity(0))) - 1
+        self._helpers = min(_MOST_THREADS, len(os.sched_getaffinity(0))) - 1
         self._targets: list[Target] = []
 
     def into(self, array: Array) -> "Target":
@@ -38,15 +35,18 @@ class Copies:
         self._targets.append(Target(array))
         return self._targets[-1]
 
+    def shared(self, nbytes: int) -> bool:
+        """Whether several threads would do so many bytes."""
+        return bool(self._helpers) and nbytes >= _WORTH_BYTES
+
     def run(self) -> None:
         """Copy everything noted; raise numpy's error if a source does not fit its target."""
         copies = deque(copy for target in self._targets for copy in target.copies())
-        nbytes = sum(target.nbytes for target, _ in copies)
-        if nbytes < _WORTH_BYTES or not self.helpers:
+        if not self.shared(sum(target.nbytes for target, _ in copies)):
             _work(copies)
             return
-        with ThreadPoolExecutor(self.helpers, thread_name_prefix="r3serve-copy") as threads:
-            helping = [threads.submit(_work, copies) for _ in range(self.helpers)]
+        with ThreadPoolExecutor(self._helpers, thread_name_prefix="r3serve-copy") as threads:
+            helping = [threads.submit(_work, copies) for _ in range(self._helpers)]
             _work(copies)
             for done in helping:
                 done.result()

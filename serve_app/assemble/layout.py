@@ -43,8 +43,8 @@ class Filling:
         self._padding = padding
         self._blocks = blocks_of(columns)
         whole = len(self._blocks) == 1 and len(columns) == model.layers
-        alone = copies.helpers and len(ids) <= KEPT_ELEMENTS * pieces
-        self._by_id = whole or ids.dtype != model.dtype or not ids.size or bool(alone)
+        short = copies.shared(ids.nbytes) and len(ids) <= KEPT_ELEMENTS * pieces
+        self._by_id = whole or short or ids.dtype != model.dtype or not ids.size
         self._targets = [copies.into(self._rows(ids[:, block])) for block, _ in self._blocks]
         self._read: Record | None = None
         self._pairs: list[tuple[Target, Array]] = []
@@ -78,7 +78,7 @@ class Filling:
         """View each row ``[columns, top_k]`` as one element where no id is widened.
 
         Of rows with gaps between them numpy copies element by element: halves the time of a
-        slice. Of short pieces it would let one thread alone do that.
+        slice. Short pieces that several threads copy are left: see `KEPT_ELEMENTS`.
         """
         if self._by_id:
             return ids

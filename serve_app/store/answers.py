@@ -102,7 +102,7 @@ class Collected:
 
 
 def ids_of(meta: RecordMeta, small: npt.NDArray[np.uint8], offset: int) -> Ids:
-    """Return a small record's ids, a view of its answer's ``small``."""
+    """Return a small record's ids, a view that keeps all of its answer's ``small``."""
     shape = meta.rows, meta.layers, meta.top_k
     ids: Ids = np.ndarray(shape, meta.dtype, small.data, offset)
     return ids

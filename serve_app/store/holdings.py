@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve_app.errors import KeyUnreadable, StoreError
+from serve_app.records import one_tuple
 from serve_app.store.budget import Budget
 from serve_app.store.ledger import Ledger
 from serve_app.store.offers import Offer
@@ -74,9 +75,10 @@ class Holdings:
 
     def keep(self, offer: Offer, payload: Payload, lease_s: float, parent: int | None) -> int:
         """Add a record whose bytes were reserved; drop them again if its parent is gone."""
+        meta = offer.meta._replace(moe_layers=one_tuple(offer.meta.moe_layers))
         try:
             seq = self.ledger.add(
-                offer.meta,
+                meta,
                 payload,
                 now=time.monotonic(),
                 lease_s=offer.lease_s or lease_s,

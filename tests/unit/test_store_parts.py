@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from serve_app.errors import KeyExpired, KeyReleased, StoreFull, UnknownKey
 from serve_app.records import make_record
 from serve_app.store.budget import Budget
+from serve_app.store.holdings import Holdings
 from serve_app.store.keys import Key, parse, verify
 from serve_app.store.leases import Leases
 from serve_app.store.ledger import Ledger
+from serve_app.store.offers import offer_of, pack, unpack
 
 META = make_record(np.zeros((2, 2, 1), int), num_experts=4).meta
 
@@ -161,3 +163,16 @@ async def test_a_late_or_cancelled_put_holds_nothing() -> None:
     assert budget.used == 3
     with pytest.raises(StoreFull, match="never"):
         await budget.take(11, 5)
+
+
+def test_records_of_one_model_share_its_layers_however_they_arrived() -> None:
+    """So that an answer about a thousand of them says the layers once."""
+    holdings = Holdings(1 << 20)
+    ids = np.zeros((4, 60, 2), np.uint8)
+    for _ in range(100):
+        record = make_record(ids, num_experts=8, moe_layers=list(range(1, 60)))
+        (offer,) = unpack(pack([offer_of(record, None, None, None)]))
+        seq = holdings.keep(offer, record.ids.tobytes(), 60, None)
+        assert holdings.ledger.describe(seq) == [record.meta]
+    metas = [holdings.ledger.describe(seq)[0] for seq in range(100)]
+    assert len({id(meta.moe_layers) for meta in metas}) == 1
