@@ -8,6 +8,7 @@ while the model processed token ``start + j``. P prompt and G returned tokens ha
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,12 +29,6 @@ def narrowest_dtype(num_experts: int) -> np.dtype[Any]:
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise RecordError(f"num_experts must be in [1, {MAX_EXPERTS}], got {num_experts}")
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
-
-
-@lru_cache(maxsize=256)
-def all_layers(layers: int) -> tuple[int, ...]:
-    """Return the indices of so many layers, one tuple for all records."""
-    return tuple(range(layers))
 
 
 @lru_cache(maxsize=256)
@@ -170,7 +165,11 @@ def make_record(
         raise RecordError(f"start must be >= 0, got {start}")
     dtype = narrowest_dtype(num_experts)
     rows, layers, top_k = array.shape
-    moe = all_layers(layers) if moe_layers is None else tuple(moe_layers)
+    try:
+        # plain ints: they become JSON, and one tuple stands for all equal ones
+        moe = one_tuple(tuple(map(index, range(layers) if moe_layers is None else moe_layers)))
+    except TypeError:
+        raise RecordError(f"moe_layers must be integers, got {moe_layers}") from None
     if not moe or list(moe) != sorted(set(moe)) or moe[0] < 0 or moe[-1] >= layers:
         raise RecordError(
             f"moe_layers must be ascending indices below {layers} and not empty, got {moe}"
@@ -224,7 +223,7 @@ def raw_record(array: object) -> Record:
         top_k=top_k,
         num_experts=0,
         start=0,
-        moe_layers=all_layers(layers),
+        moe_layers=one_tuple(tuple(range(layers))),
         weight_version=0,
         checksum=checksum(ids),
         raw=ids.dtype.str,

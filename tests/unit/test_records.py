@@ -94,3 +94,15 @@ def test_altered_bytes_and_shapes_do_not_verify() -> None:
         made.meta.verify(altered)
     with pytest.raises(RecordError, match="promises"):
         made.meta.verify(made.ids[:2])
+
+
+def test_layers_become_plain_integers() -> None:
+    """Of numpy's, JSON knows nothing, and one tuple stands for all that are equal."""
+    ids = np.zeros((2, 9, 1), np.uint8)
+    numpys: Any = np.array([2, 7])
+    fractions: Any = [0.5]
+    made = make_record(ids, num_experts=4, moe_layers=numpys)
+    assert [type(layer) for layer in made.moe_layers] == [int, int]
+    assert make_record(ids, num_experts=4, moe_layers=[2, 7]).moe_layers is made.moe_layers
+    with pytest.raises(RecordError, match=r"must be integers, got \[0\.5\]"):
+        make_record(ids, num_experts=4, moe_layers=fractions)
