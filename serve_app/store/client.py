@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from serve_app.store import outbox
 from serve_app.store.answers import SMALL, Found, ReadAnswer, ids_of, unpack_described
 from serve_app.store.base import Segments, Unreadable
 from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, line, translate
-from serve_app.store.directory import Settings, find_directory, list_shards, open_shard, this_node
+from serve_app.store.directory import Settings, find_directory, list_shards, this_node
 from serve_app.store.keys import parse
 from serve_app.store.offers import Offer, offer_of, pack
+from serve_app.store.own_shard import OwnShard
 from serve_app.store.producer import Producer
 from serve_app.store.routing import KeyRouter
 from serve_app.store.snapshot import Entry, Page
@@ -38,7 +40,7 @@ class ShardStore:
         self.app = app
         self._settings = settings
         self._me = producer
-        self._own_shard: Actor | None = None
+        self._own = OwnShard(app, settings)
         self._calls = ShardCalls(app, settings.args.call_timeout_s)
         self._router = KeyRouter(app, self._calls)
         self._batches: Producer | None = None
@@ -63,11 +65,16 @@ class ShardStore:
     ) -> str:
         """See `RecordStore`."""
         offer = offer_of(record, tag, lease_s, parent)
-        shard = self._shard_here()
         if offer.data is not None:
-            return _one(self._answer(shard.take_small.remote(pack([offer])), waits=True))
-        grant = self._answer(shard.reserve.remote(record.meta.nbytes), waits=True)
-        return str(self._answer(shard.take.remote(grant, offer, record.ids)))
+            packed = pack([offer])
+            return _one(self._own.ask(lambda shard: shard.take_small.remote(packed), self._put_s))
+        nbytes = record.meta.nbytes
+        grant = self._own.ask(lambda shard: shard.reserve.remote(nbytes), self._put_s)
+        return str(
+            self._own.ask(
+                lambda shard: shard.take.remote(grant, offer, record.ids), self.args.call_timeout_s
+            )
+        )
 
     async def aput(
         self,
@@ -154,16 +161,12 @@ class ShardStore:
 
     async def adescribe(self, key: str) -> list[RecordMeta] | Unreadable:
         """See `RecordStore`. This node's shard is asked from the loop, others from a thread."""
-        if self._own_shard is not None and self._is_mine(key):
-            try:
-                reply: bytes = await asyncio.wait_for(
-                    self._own_shard.describe.remote([key]), _SOON_S
-                )
-                (chain,) = unpack_described(reply)
+        if self._own.is_open and self._is_mine(key):
+            # What is no chain, or no answer, `describe` knows the meaning of.
+            with suppress(StoreError, RayError):
+                (chain,) = unpack_described(await self._own.tell("describe", [key], _SOON_S))
                 if isinstance(chain, list):
                     return chain
-            except (RayError, TimeoutError):
-                pass  # `describe` knows what that means
         return (await asyncio.to_thread(self.describe, [key]))[0]
 
     def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Ids]]]:
@@ -188,8 +191,13 @@ class ShardStore:
     def adopt(self, secret: bytes, new_keys: Mapping[str, str]) -> None:
         """Let records that were put here again answer to their old keys, signed by ``secret``."""
         epochs = sorted({parse(old_key, self.app).epoch for old_key in new_keys})
-        self._answer(self._shard_here().adopt.remote(secret, dict(new_keys)))
-        self._answer(find_directory(self.app).adopt.remote(secret, epochs, this_node()))
+        timeout_s = self.args.call_timeout_s
+        self._own.ask(lambda shard: shard.adopt.remote(secret, dict(new_keys)), timeout_s)
+        try:
+            directory = find_directory(self.app)
+            ray.get(directory.adopt.remote(secret, epochs, this_node()), timeout=timeout_s)
+        except RayError as error:
+            raise translate(error, "directory") from None
 
     def is_local(self, key: str) -> bool:
         """See `RecordStore`: on this process's node."""
@@ -201,53 +209,31 @@ class ShardStore:
         except KeyUnreadable:
             return False
 
-    def _shard_here(self) -> Actor:
-        if self._own_shard is None:
-            self._own_shard = open_shard(self.app, self._settings)
-        return self._own_shard
-
-    async def _shard_here_async(self) -> Actor:
-        if self._own_shard is None:
-            return await asyncio.to_thread(self._shard_here)
-        return self._own_shard
+    @property
+    def _put_s(self) -> float:
+        """How long a put may take that waits for room."""
+        return self.args.put_timeout_s + self.args.call_timeout_s
 
     async def _send(self, batch: Sequence[tuple[Offer, Record]]) -> list[str | StoreError]:
         """Send a batch of one event loop's records; small ones by value, the others pulled."""
         small = [offer for offer, _ in batch if offer.data is not None]
         big = [(offer, record) for offer, record in batch if offer.data is None]
-        shard = await self._shard_here_async()
         answers: dict[int, str | StoreError] = {}
         if small:
-            kept = await self._answer_async(shard.take_small.remote(pack(small)))
+            kept = await self._own.tell("take_small", pack(small), self._put_s)
             answers.update(zip(map(id, small), kept, strict=True))
         if big:
             number = outbox.leave([record.ids for _, record in big])
             offers = [offer for offer, _ in big]
+            packed = pack(offers)
             try:
-                kept = await self._answer_async(shard.pull.remote(self._me, number, pack(offers)))
+                kept = await self._own.ask_async(
+                    lambda shard: shard.pull.remote(self._me, number, packed), self._put_s
+                )
             finally:
                 outbox.withdraw(number)
             answers.update(zip(map(id, offers), kept, strict=True))
         return [answers[id(offer)] for offer, _ in batch]
-
-    async def _answer_async(self, ref: "ray.ObjectRef[Any]") -> list[str | StoreError]:
-        timeout_s = self.args.put_timeout_s + self.args.call_timeout_s
-        try:
-            answer: list[str | StoreError] = await asyncio.wait_for(ref, timeout_s)
-        except TimeoutError:
-            raise StoreUnavailable(f"shard {this_node()} did not answer in {timeout_s} s") from None
-        except RayError as error:
-            self._own_shard = None
-            raise translate(error, this_node()) from None
-        return answer
-
-    def _answer(self, ref: "ray.ObjectRef[Any]", waits: bool = False) -> Any:
-        timeout_s = self.args.call_timeout_s + (self.args.put_timeout_s if waits else 0)
-        try:
-            return ray.get(ref, timeout=timeout_s)
-        except RayError as error:
-            self._own_shard = None
-            raise translate(error, this_node()) from None
 
     def _page(self, shard: str, tag: str | None, first: int) -> tuple[Page, ReadAnswer]:
         reply = self._calls.ask({shard: []}, lambda actor, _: actor.page.remote(tag, first))[shard]

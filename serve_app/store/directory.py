@@ -151,15 +151,15 @@ def _opened(
 ) -> tuple[ActorHandle[Any], Any]:
     """Make a named actor or find it; return it and what it answers.
 
-    A name may lead to an actor that is being removed, longest in processes that know it: then it
-    is looked for again until the time is over.
+    A name may lead to an actor that is being removed, longest in processes that know it, or that
+    has just been killed and begins anew: then it is looked for again until the time is over.
     """
     give_up = time.monotonic() + timeout_s
     while True:
         actor = make()
         try:
             return actor, ray.get(ask(actor), timeout=max(0.0, give_up - time.monotonic()))
-        except ray.exceptions.ActorDiedError:
+        except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError):
             if time.monotonic() > give_up:
                 raise
             time.sleep(_NAME_POLL_S)
@@ -175,8 +175,11 @@ def find_directory(app: str) -> ActorHandle[Any]:
         ) from None
 
 
-def open_shard(app: str, settings: Settings) -> ActorHandle[Any]:
-    """Make this node's shard, or find it; raise `StoreUnavailable` if the name is taken."""
+def open_shard(app: str, settings: Settings) -> tuple[ActorHandle[Any], str | None]:
+    """Make this node's shard, or find it; return it and the address of its door.
+
+    Raises `StoreUnavailable` if the name is taken.
+    """
     shard, timeout_s = this_node(), settings.args.call_timeout_s
     node_id = ray.get_runtime_context().get_node_id()
     # Hard affinity: actors that ask for no resources ignore a soft one.
@@ -202,7 +205,7 @@ def open_shard(app: str, settings: Settings) -> ActorHandle[Any]:
         raise StoreUnavailable(f"shard {shard} does not answer: {error}") from None
     if not isinstance(identity, ShardIdentity) or identity.app != app:
         raise StoreUnavailable(f"actor {shard_name(app, shard)!r} is not a shard of {app!r}")
-    return handle
+    return handle, identity.door
 
 
 def list_shards(app: str) -> list[str]:

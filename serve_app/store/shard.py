@@ -28,6 +28,7 @@ from serve_app.errors import (
 from serve_app.event_log import log_event
 from serve_app.store import outbox
 from serve_app.store.answers import Collected, Described, ReadAnswer, pack_described
+from serve_app.store.door import OpenDoor
 from serve_app.store.epochs import Epochs
 from serve_app.store.holdings import DROP_AT_ONCE, Blob, Holdings, Payload, Piece
 from serve_app.store.keys import verify
@@ -42,11 +43,15 @@ SWEEP_EVERY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ShardIdentity:
-    """What a shard says of itself, so that a foreign actor under its name is noticed."""
+    """What a shard says of itself, so that a foreign actor under its name is noticed.
+
+    ``door`` is the address that processes on its node may use.
+    """
 
     app: str
     shard: str
     epoch: int
+    door: str | None
 
 
 class Shard:
@@ -60,11 +65,15 @@ class Shard:
         self._grant_numbers = itertools.count()
         self._metrics = ShardMetrics(app, shard)
         log_event("shard_started", app=app, shard=shard, epoch=f"{self._epochs.own:016x}")
-        self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
+        loop = asyncio.get_running_loop()
+        self._door = OpenDoor({"take_small": self.take_small, "describe": self.describe})
+        self._address = loop.create_task(self._door.open())
+        self._upkeep = loop.create_task(self._keep_up())
 
     async def identity(self) -> ShardIdentity:
         """Say who this is."""
-        return ShardIdentity(self._epochs.app, self._epochs.shard, self._epochs.own)
+        address = await self._address
+        return ShardIdentity(self._epochs.app, self._epochs.shard, self._epochs.own, address)
 
     async def configure(self, args: StoreArgs) -> None:
         """Take new settings; a smaller budget holds for new puts only."""

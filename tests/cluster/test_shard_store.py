@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from serve_app.cli import main
 from serve_app.errors import RoutesLost, StoreUnavailable
+from serve_app.store.answers import unpack_described
 from serve_app.store.client import ShardStore, connect
 from serve_app.store.directory import (
     find_shard,
@@ -23,6 +24,7 @@ from serve_app.store.directory import (
     remove_actors,
     this_node,
 )
+from serve_app.store.door import Door
 from serve_app.store.metrics import GAUGES, LATENCY, metric_name
 from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, record
 
@@ -44,6 +46,22 @@ class EngineLike:
         if not hasattr(self, "_store"):
             self._store = connect(app, ray.get_runtime_context().current_actor)
         return [await self._store.aput(record(LARGE, seed=seed)) for seed in seeds]
+
+    async def hold_a_conversation(self, turns: int, app: str = "contract") -> list[str]:
+        """Put small records, each one's child the next, as turns of a conversation do."""
+        if not hasattr(self, "_store"):
+            me = ray.get_runtime_context().current_actor
+            self._store = await asyncio.to_thread(connect, app, me)
+            self._keys: list[str] = []
+        for turn in range(turns):
+            parent = self._keys[-1] if turn else None
+            chain = await self._store.adescribe(parent) if parent else []
+            assert isinstance(chain, list)
+            assert len(chain) == turn
+            start = chain[-1].stop if chain else 0
+            turned = record(SMALL, start=start, seed=turn)
+            self._keys.append(await self._store.aput(turned, parent=parent))
+        return self._keys[-turns:]
 
     def node(self) -> str:
         return this_node()
@@ -140,6 +158,33 @@ def test_keys_of_a_killed_shard_are_lost_and_the_others_read(make_store: MakeSto
     assert [type(answer) for answer in found] == [list, RoutesLost, RoutesLost]
     assert store.release([kept, *lost]) == 1
     assert read(store, store.put(record(LARGE, seed=9)))[0].ids.shape == LARGE
+
+
+async def test_a_shard_has_a_door_on_its_node(make_store: MakeStore) -> None:
+    store = make_store()
+    keys = [store.put(record(shape)) for shape in (SMALL, LARGE)]
+    shard = find_shard("contract", this_node())
+    assert shard is not None
+    identity: Any = ray.get(shard.identity.remote(), timeout=60)
+    door = Door(identity.door)
+    found = unpack_described(await asyncio.wait_for(door.call("describe", keys), 60))
+    door.close()
+    assert found == store.describe(keys)
+    assert [[meta.rows for meta in chain] for chain in found] == [[SMALL[0]], [LARGE[0]]]
+
+
+def test_an_engine_that_knew_a_killed_shard_puts_into_the_next(make_store: MakeStore) -> None:
+    store = make_store()
+    engine = start(EngineLike, "trainer")
+    lost = ray.get(engine.hold_a_conversation.remote(3), timeout=60)
+    assert [segment.meta.start for segment in read(store, lost[-1])] == [0, 20, 40]
+    shard = find_shard("contract", this_node())
+    assert shard is not None
+    os.kill(pid_of(shard), signal.SIGKILL)
+    kept = ray.get(engine.hold_a_conversation.remote(3), timeout=60)
+    assert [type(answer) for answer in store.fetch([*lost, *kept])] == [RoutesLost] * 3 + [list] * 3
+    np.testing.assert_array_equal(read(store, kept[-1])[2].ids, record(SMALL, seed=2).ids)
+    assert store.release([*lost, *kept]) == 3
 
 
 def test_a_store_that_nobody_runs_is_named(cluster: object) -> None:

@@ -1,0 +1,141 @@
+"""A local socket beside a shard's actor, for small calls from processes on its node.
+
+A call to an idle actor passes through several of Ray's threads on either side, each of which has
+to wake; a message passes from one event loop to the other. A turn of a conversation waits for two:
+the headers of what it continues, and its own put.
+
+A message is its length in four bytes and a pickle: a method and its argument one way, the result
+or the `StoreError` the other. A connection carries one call at a time and is closed after
+anything but an answer; the caller then asks the actor itself. The address is of Linux's abstract
+kind, so a killed process leaves no file. Pickles come from the same user's processes only: either
+side looks who the other is.
+"""
+
+import asyncio
+import os
+import pickle
+import secrets
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing, suppress
+from functools import partial
+from typing import Any
+
+from serve_app.errors import StoreError
+
+_LENGTH = struct.Struct(">I")
+_PEER = struct.Struct("3i")  # process, user, group
+
+Methods = Mapping[str, Callable[[Any], Awaitable[object]]]
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class DoorShut(ConnectionError):
+    """Nobody answers behind the door, or no longer; whether the last call was made is unknown."""
+
+
+class OpenDoor:
+    """The shard's side: answers until its process ends."""
+
+    def __init__(self, methods: Methods) -> None:
+        self._methods = methods
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> str | None:
+        """Listen; return the address, None where the system has no such sockets."""
+        address = f"\0r3serve-{secrets.token_hex(16)}"
+        try:
+            listening = socket.socket(socket.AF_UNIX)
+            listening.bind(address)
+        except (AttributeError, OSError):
+            return None
+        answer = partial(_answer, self._methods)
+        self._server = await asyncio.start_unix_server(answer, sock=listening)
+        return address
+
+    def close(self) -> None:
+        """Take no more callers; those who are in may stay."""
+        if self._server is not None:
+            self._server.close()
+
+
+class Door:
+    """The caller's side, of one event loop: as many connections as there are calls at once."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._idle: list[Connection] = []
+
+    async def call(self, method: str, argument: object) -> Any:
+        """Return what the shard's method returns, or raise its `StoreError`.
+
+        Raises `DoorShut` where the shard's process is gone. Has no timeout of its own: a call
+        that is cancelled closes its connection.
+        """
+        reader, writer = self._idle.pop() if self._idle else await self._connect()
+        try:
+            _send(writer, (method, argument))
+            await writer.drain()
+            answer = await _receive(reader)
+        except (EOFError, ConnectionError) as error:
+            writer.close()
+            raise DoorShut(str(error)) from None
+        except BaseException:
+            writer.close()
+            raise
+        self._idle.append((reader, writer))
+        if isinstance(answer, StoreError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """Close the connections that no call is using."""
+        while self._idle:
+            self._idle.pop()[1].close()
+
+    async def _connect(self) -> Connection:
+        connecting = socket.socket(socket.AF_UNIX)
+        try:
+            connecting.setblocking(False)
+            connecting.connect(self.address)
+            if not _is_same_user(connecting):
+                raise DoorShut("another user's process answers here")
+        except OSError as error:
+            connecting.close()
+            raise DoorShut(str(error)) from None
+        return await asyncio.open_unix_connection(sock=connecting)
+
+
+async def _answer(
+    methods: Methods, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answer one connection's calls until it ends."""
+    with closing(writer), suppress(EOFError, ConnectionError):
+        if not _is_same_user(writer.get_extra_info("socket")):
+            return
+        while True:
+            method, argument = await _receive(reader)
+            try:
+                answer = await methods[method](argument)
+            except StoreError as why:
+                answer = why
+            _send(writer, answer)
+            await writer.drain()
+
+
+def _send(writer: asyncio.StreamWriter, message: object) -> None:
+    packed = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    writer.write(_LENGTH.pack(len(packed)))
+    writer.write(packed)
+
+
+async def _receive(reader: asyncio.StreamReader) -> Any:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    return pickle.loads(await reader.readexactly(length))
+
+
+def _is_same_user(peer: socket.socket) -> bool:
+    packed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    _, user, _ = _PEER.unpack(packed)
+    return bool(user == os.geteuid())
