@@ -1,6 +1,7 @@
 """Keys to a packed tensor: fetch, stitch, lay out. The one path of the client and the decoder."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -44,7 +45,11 @@ def materialize(
     spec = spec or BatchSpec()
     if not sequences:
         raise ValueError("materialize needs at least one sequence, got none")
-    fetched = store.fetch([sequence.key for sequence in sequences])
+    lengths = [sequence.length for sequence in sequences]
+    lay_out = cache(
+        lambda: rank_rows(lengths, spec) if pieces is None else RankRows(list(pieces), [])
+    )
+    fetched = store.fetch([sequence.key for sequence in sequences], meanwhile=lay_out)
     readable = [_readable(sequences[i], found, spec) for i, found in enumerate(fetched)]
     model = _one_model(sequences, readable)
     plans = [
@@ -58,8 +63,7 @@ def materialize(
             f"key {shorten(sequences[gap.index].key)}: rows {gap.first} to"
             f" {gap.first + gap.count - 1} were never captured"
         )
-    lengths = [sequence.length for sequence in sequences]
-    rows = rank_rows(lengths, spec) if pieces is None else RankRows(list(pieces), [])
+    rows = lay_out()
     columns = columns_of(model.meta.layers, model.moe_layers, spec)
     shape = (*rows.lead, len(columns), model.meta.top_k)
     ids = destination(out, shape, model.meta.dtype, spec.dtype, allocate)

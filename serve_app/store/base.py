@@ -1,6 +1,6 @@
 """What every expert store does; one contract suite runs on all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from serve_app.errors import KeyUnreadable, StoreUnavailable
@@ -11,6 +11,8 @@ Segments = list[Record]
 """A key's whole sequence: its ancestors' records and its own, oldest first."""
 
 Unreadable = KeyUnreadable | StoreUnavailable
+Meanwhile = Callable[[], object]
+"""The caller's own work, done while the shards do theirs."""
 
 
 class RecordStore(Protocol):
@@ -41,8 +43,13 @@ class RecordStore(Protocol):
         """Do as `put`, without blocking the running event loop."""
         ...
 
-    def fetch(self, keys: Sequence[str]) -> list[Segments | Unreadable]:
-        """Return each key's segments, or why it has none. Reading renews and never destroys."""
+    def fetch(
+        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
+    ) -> list[Segments | Unreadable]:
+        """Return each key's segments, or why it has none. Reading renews and never destroys.
+
+        ``meanwhile`` is run once at most; what it raises ends the read.
+        """
         ...
 
     def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:

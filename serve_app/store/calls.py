@@ -22,7 +22,7 @@ from ray.exceptions import (
 )
 
 from serve_app.errors import R3Error, RoutesLost, StoreUnavailable, without_frames
-from serve_app.store.base import Unreadable
+from serve_app.store.base import Meanwhile, Unreadable
 from serve_app.store.directory import find_directory, find_shard
 from serve_app.store.keys import parse
 from serve_app.store.outbox import Batch
@@ -45,8 +45,11 @@ class ShardCalls:
         self,
         groups: Mapping[str, list[str]],
         call: "Callable[[Actor, list[str]], ray.ObjectRef[Any]]",
+        meanwhile: Meanwhile | None = None,
     ) -> dict[str, Any]:
         """Call each shard once, all at the same time; an error is that shard's answer.
+
+        ``meanwhile`` is run while they work.
 
         A call to a process that has just died fails only after a second or two, but its
         successor answers within one. So an idempotent call is sent again while it waits, and
@@ -64,6 +67,9 @@ class ShardCalls:
                 else:
                     sent[call(handle, groups[shard])] = shard
                     asked.append(shard)
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
             self._receive(sent, asked, replies, min(pause_s, self._left(begun)))
             open_shards = [
                 shard

@@ -15,7 +15,7 @@ from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
 from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store import outbox
 from serve_app.store.answers import SMALL, Found, ReadAnswer, ids_of, unpack_described
-from serve_app.store.base import Segments, Unreadable
+from serve_app.store.base import Meanwhile, Segments, Unreadable
 from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, line, translate
 from serve_app.store.directory import Settings, find_directory, list_shards, this_node
 from serve_app.store.keys import parse
@@ -94,7 +94,9 @@ class ShardStore:
             self._batches = Producer(self._send, budget)
         return await self._batches.put(offer_of(record, tag, lease_s, parent), record)
 
-    def fetch(self, keys: Sequence[str]) -> list[Segments | Unreadable]:
+    def fetch(
+        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
+    ) -> list[Segments | Unreadable]:
         """See `RecordStore`."""
         reads: list[tuple[str, Found, npt.NDArray[np.uint8], int]] = []
         refs: list[ray.ObjectRef[outbox.Batch]] = []
@@ -113,7 +115,9 @@ class ShardStore:
             return unreadable
 
         answers: dict[str, Segments | Unreadable] = {
-            **self._router.ask(keys, lambda shard, texts: shard.read.remote(texts), receive)
+            **self._router.ask(
+                keys, lambda shard, texts: shard.read.remote(texts), receive, meanwhile
+            )
         }
         batches = get_all(refs, self.args.call_timeout_s, here=here)
         for text, found, small, first in reads:

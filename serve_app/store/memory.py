@@ -8,7 +8,7 @@ from typing import Any
 from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull, without_frames
 from serve_app.records import Ids, Record, RecordMeta
-from serve_app.store.base import Segments, Unreadable
+from serve_app.store.base import Meanwhile, Segments, Unreadable
 from serve_app.store.keys import Key, verify
 from serve_app.store.ledger import Ledger
 from serve_app.types import ShardStats, StoreStats
@@ -63,8 +63,10 @@ class MemoryStore:
         """See `RecordStore`; blocks only where the budget is exhausted."""
         return self.put(record, **how)
 
-    def fetch(self, keys: Sequence[str]) -> list[Segments | Unreadable]:
-        """See `RecordStore`."""
+    def fetch(
+        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
+    ) -> list[Segments | Unreadable]:
+        """See `RecordStore`. Nobody is waited for, so ``meanwhile`` is left to the caller."""
         answers: list[Segments | Unreadable] = []
         with self._changed:
             self._sweep()

@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import RayError
 
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable, without_frames
-from serve_app.store.base import Unreadable
+from serve_app.store.base import Meanwhile, Unreadable
 from serve_app.store.calls import Actor, ShardCalls
 from serve_app.store.keys import parse
 
@@ -41,6 +41,7 @@ class KeyRouter:
         keys: Iterable[str],
         call: "Callable[[Actor, list[str]], ray.ObjectRef[Any]]",
         receive: Callable[[list[str], Any], dict[str, Unreadable]],
+        meanwhile: Meanwhile | None = None,
     ) -> dict[str, Unreadable]:
         """Ask every key's shard in one call each; return the keys without an answer, and why.
 
@@ -51,12 +52,13 @@ class KeyRouter:
         unreadable: dict[str, Unreadable] = {**foreign}
         while groups:
             lost: list[str] = []
-            for shard, reply in self._calls.ask(groups, call).items():
+            for shard, reply in self._calls.ask(groups, call, meanwhile).items():
                 texts = groups[shard]
                 gone = isinstance(reply, RayError)
                 missed = self._calls.explain(texts, reply) if gone else receive(texts, reply)
                 unreadable.update(missed)
                 lost += [text for text, why in missed.items() if isinstance(why, RoutesLost)]
+            meanwhile = None
             try:
                 groups, _ = self.by_shard(self.restored(lost))
             except StoreUnavailable as error:  # then nobody knows whether they were restored
