@@ -26,6 +26,7 @@ class OwnShard:
         self._settings = settings
         self._known: tuple[Actor, str | None] | None = None
         self._door: Door | None = None
+        self._shut: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -51,13 +52,16 @@ class OwnShard:
             raise self._failed(error) from None
 
     async def tell(self, method: str, argument: Any, timeout_s: float) -> Any:
-        """Call a method through the shard's door, through Ray where it has none or it is shut."""
+        """Call a method through the shard's door, through Ray where it has none or it is shut.
+
+        A door found shut is not tried again: a shard that began anew has another one.
+        """
         _, address = await self._opened_async()
-        if address is not None:
+        if address is not None and address != self._shut:
             try:
                 return await asyncio.wait_for(self._at(address).call(method, argument), timeout_s)
             except DoorShut:
-                self._known = None
+                self._known, self._shut = None, address
             except TimeoutError:
                 raise self._late(timeout_s) from None
         return await self.ask_async(
@@ -65,7 +69,7 @@ class OwnShard:
         )
 
     def _at(self, address: str) -> Door:
-        """Return the door at an address; a shard that began anew has another one."""
+        """Return the door at an address."""
         if self._door is None or self._door.address != address:
             if self._door is not None:
                 self._door.close()

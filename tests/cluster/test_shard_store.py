@@ -25,6 +25,7 @@ from serve_app.store.directory import (
     this_node,
 )
 from serve_app.store.door import Door
+from serve_app.store.keys import Key
 from serve_app.store.metrics import GAUGES, LATENCY, metric_name
 from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, record
 
@@ -171,6 +172,19 @@ async def test_a_shard_has_a_door_on_its_node(make_store: MakeStore) -> None:
     door.close()
     assert found == store.describe(keys)
     assert [[meta.rows for meta in chain] for chain in found] == [[SMALL[0]], [LARGE[0]]]
+
+
+def test_the_callers_work_is_done_once_and_its_error_ends_the_read(make_store: MakeStore) -> None:
+    store = make_store()
+    keys = [store.put(record(shape)) for shape in (SMALL, LARGE)]
+    lost = Key("contract", "0" * 10, 1, 1).sign(b"other")  # asked about a second time
+    done: list[int] = []
+    found = store.fetch([*keys, lost], meanwhile=lambda: done.append(1))
+    assert [isinstance(answer, list) for answer in found] == [True, True, False]
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        store.fetch(keys, meanwhile=lambda: 1 // 0)
+    assert [isinstance(answer, list) for answer in store.fetch(keys)] == [True, True]
 
 
 def test_an_engine_that_knew_a_killed_shard_puts_into_the_next(make_store: MakeStore) -> None:
