@@ -69,7 +69,7 @@ class ShardCalls:
                     asked.append(shard)
             if meanwhile is not None:
                 meanwhile()
-                meanwhile = None
+                meanwhile, begun = None, time.monotonic()
             self._receive(sent, asked, replies, min(pause_s, self._left(begun)))
             open_shards = [
                 shard

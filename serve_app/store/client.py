@@ -34,6 +34,7 @@ class ShardStore:
 
     ``producer`` is the calling process's own asyncio actor: with it the shard pulls records out
     of this process (one object-store write); without, `put` reserves and sends (two).
+    `aput` and `adescribe` are for one event loop.
     """
 
     def __init__(self, app: str, settings: Settings, producer: Actor | None = None) -> None:
@@ -165,10 +166,12 @@ class ShardStore:
 
     async def adescribe(self, key: str) -> list[RecordMeta] | Unreadable:
         """See `RecordStore`. This node's shard is asked from the loop, others from a thread."""
-        if self._own.is_open and self._is_mine(key):
+        if self._is_mine(key):
             # What is no chain, or no answer, `describe` knows the meaning of.
             with suppress(StoreError, RayError):
-                (chain,) = unpack_described(await self._own.tell("describe", [key], _SOON_S))
+                (chain,) = unpack_described(
+                    await self._own.tell_if_open("describe", [key], _SOON_S)
+                )
                 if isinstance(chain, list):
                     return chain
         return (await asyncio.to_thread(self.describe, [key]))[0]

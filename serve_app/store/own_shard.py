@@ -1,7 +1,8 @@
 """The shard on this process's node: opened when it is first needed, and again after a failure."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import ray
@@ -18,7 +19,8 @@ Call = Callable[[Actor], "ray.ObjectRef[Any]"]
 class OwnShard:
     """Asks this node's shard; every call ends within the timeout that it is given, in seconds.
 
-    Raises the shard's own error, or `StoreUnavailable` where it did not answer.
+    (`ask` may take the store's call timeout longer, where it has to open the shard.) Raises the
+    shard's own error, or `StoreUnavailable` where it did not answer.
     """
 
     def __init__(self, app: str, settings: Settings) -> None:
@@ -27,11 +29,6 @@ class OwnShard:
         self._known: tuple[Actor, str | None] | None = None
         self._door: Door | None = None
         self._shut: str | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the shard has been found and has not failed since."""
-        return self._known is not None
 
     def ask(self, call: Call, timeout_s: float) -> Any:
         """Call the actor and wait for its answer."""
@@ -43,38 +40,56 @@ class OwnShard:
 
     async def ask_async(self, call: Call, timeout_s: float) -> Any:
         """Do as `ask`, without blocking the running event loop."""
-        actor, _ = await self._opened_async()
-        try:
-            return await asyncio.wait_for(call(actor), timeout_s)
-        except TimeoutError:
-            raise self._late(timeout_s) from None
-        except RayError as error:
-            raise self._failed(error) from None
+        async with self._within(timeout_s):
+            actor, _ = await self._opened_async()
+            return await call(actor)
 
     async def tell(self, method: str, argument: Any, timeout_s: float) -> Any:
         """Call a method through the shard's door, through Ray where it has none or it is shut.
 
         A door found shut is not tried again: a shard that began anew has another one.
         """
-        _, address = await self._opened_async()
-        if address is not None and address != self._shut:
-            try:
-                return await asyncio.wait_for(self._at(address).call(method, argument), timeout_s)
-            except DoorShut:
-                self._known, self._shut = None, address
-            except TimeoutError:
-                raise self._late(timeout_s) from None
-        return await self.ask_async(
-            lambda actor: getattr(actor, method).remote(argument), timeout_s
-        )
+        async with self._within(timeout_s):
+            _, address = await self._opened_async()
+            if address is not None and address != self._shut:
+                with suppress(DoorShut):
+                    return await self._through(address, method, argument)
+            actor, _ = await self._opened_async()
+            return await getattr(actor, method).remote(argument)
 
-    def _at(self, address: str) -> Door:
-        """Return the door at an address."""
+    async def tell_if_open(self, method: str, argument: Any, timeout_s: float) -> Any:
+        """Do as `tell`, but make no shard where none is known: that is `StoreUnavailable`."""
+        if self._known is None:
+            raise StoreUnavailable(f"no shard of {self._app!r} is known on this node")
+        actor, address = self._known
+        async with self._within(timeout_s):
+            if address is None or address == self._shut:
+                return await getattr(actor, method).remote(argument)
+            try:
+                return await self._through(address, method, argument)
+            except DoorShut as why:
+                raise StoreUnavailable(f"shard {this_node()} does not answer: {why}") from None
+
+    @asynccontextmanager
+    async def _within(self, timeout_s: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise StoreUnavailable(f"shard {this_node()} did not answer in {timeout_s} s") from None
+        except RayError as error:
+            raise self._failed(error) from None
+
+    async def _through(self, address: str, method: str, argument: Any) -> Any:
         if self._door is None or self._door.address != address:
-            if self._door is not None:
-                self._door.close()
             self._door = Door(address)
-        return self._door
+        try:
+            return await self._door.call(method, argument)
+        except DoorShut:
+            self._shut = address
+            if self._known is not None and self._known[1] == address:
+                self._known = None
+            raise
 
     def _opened(self) -> tuple[Actor, str | None]:
         # Another thread may forget the shard at any moment.
@@ -92,6 +107,3 @@ class OwnShard:
         if not isinstance(error, RayTaskError):
             self._known = None
         return translate(error, this_node())
-
-    def _late(self, timeout_s: float) -> StoreUnavailable:
-        return StoreUnavailable(f"shard {this_node()} did not answer in {timeout_s} s")

@@ -265,6 +265,7 @@ class Shard:
                 empty_since = now
             if now - empty_since > self._args.leave_after_s:
                 if not await is_served(self._epochs.app) and not self._holdings.budget.used:
+                    self._door.close()  # Ray refuses calls from now on, the door would not
                     log_event("shard_leaves", app=self._epochs.app, shard=self._epochs.shard)
                     ray.actor.exit_actor()  # type: ignore[no-untyped-call]
                 empty_since = now

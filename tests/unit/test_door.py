@@ -20,6 +20,7 @@ class Echo:
         self.let_go = asyncio.Event()
         self.waiting = asyncio.Event()
         self.calls = 0
+        self.served: OpenDoor
 
     async def echo(self, value: object) -> object:
         self.calls += 1
@@ -45,6 +46,7 @@ async def opened() -> AsyncIterator[tuple[Door, Echo]]:
     address = await served.open()
     assert address is not None
     door = Door(address)
+    echo.served = served
     yield door, echo
     door.close()
     served.close()
@@ -108,6 +110,18 @@ async def test_a_method_that_breaks_down_shuts_its_connection_only() -> None:
     assert len(failures) == 1
 
 
+async def test_a_door_that_was_closed_answers_nobody() -> None:
+    async with opened() as (door, echo):
+        assert await door.call("echo", 1) == 1
+        waits = asyncio.create_task(door.call("wait", 2))
+        await echo.waiting.wait()
+        echo.served.close()
+        for call in (waits, door.call("echo", 3), door.call("echo", 4)):
+            with pytest.raises(DoorShut):
+                await call
+        assert echo.calls == 1
+
+
 async def test_nobody_behind_the_door() -> None:
     with pytest.raises(DoorShut):
         await Door("\0r3serve-nobody").call("echo", 1)
@@ -117,8 +131,10 @@ async def test_nobody_behind_the_door() -> None:
 def test_it_works_on_either_event_loop(run: Callable[[Awaitable[None]], None]) -> None:
     async def talk() -> None:
         async with opened() as (door, echo):
-            answers = await asyncio.gather(*(door.call("echo", number) for number in range(50)))
-            assert answers == list(range(50))
-            assert echo.calls == 50
+            before = connections()
+            answers = await asyncio.gather(*(door.call("echo", number) for number in range(600)))
+            assert answers == list(range(600))
+            assert echo.calls == 600
+            assert connections() <= before + 2 * 8  # both ends are in this process
 
     run(talk())
