@@ -42,7 +42,9 @@ class OwnShard:
         """Do as `ask`, without blocking the running event loop."""
         async with self._within(timeout_s):
             actor, _ = await self._opened_async()
-            return await call(actor)
+            sent = call(actor)
+            await asyncio.sleep(0)  # to send and to wait each take Ray a while: not in one turn
+            return await sent
 
     async def tell(self, method: str, argument: Any, timeout_s: float) -> Any:
         """Call a method through the shard's door, through Ray where it has none or it is shut.
