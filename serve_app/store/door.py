@@ -37,7 +37,7 @@ class DoorShut(ConnectionError):
 
 
 class OpenDoor:
-    """The shard's side: answers until its process ends."""
+    """The shard's side: answers until it is closed, or its process ends."""
 
     def __init__(self, methods: Methods) -> None:
         self._methods = methods

@@ -14,6 +14,8 @@ from serve_app.store.directory import Settings, open_shard, this_node
 from serve_app.store.door import Door, DoorShut
 
 Call = Callable[[Actor], "ray.ObjectRef[Any]"]
+Known = tuple[Actor, str | None]
+"""A shard and the address of its door."""
 
 
 class OwnShard:
@@ -26,7 +28,7 @@ class OwnShard:
     def __init__(self, app: str, settings: Settings) -> None:
         self._app = app
         self._settings = settings
-        self._known: tuple[Actor, str | None] | None = None
+        self._known: Known | None = None
         self._door: Door | None = None
         self._shut: str | None = None
 
@@ -42,35 +44,36 @@ class OwnShard:
         """Do as `ask`, without blocking the running event loop."""
         async with self._within(timeout_s):
             actor, _ = await self._opened_async()
-            sent = call(actor)
-            await asyncio.sleep(0)  # to send and to wait each take Ray a while: not in one turn
-            return await sent
+            return await _answer(call(actor))
 
     async def tell(self, method: str, argument: Any, timeout_s: float) -> Any:
-        """Call a method through the shard's door, through Ray where it has none or it is shut.
-
-        A door found shut is not tried again: a shard that began anew has another one.
-        """
+        """Call a method through the shard's door, through Ray where it has none or it is shut."""
         async with self._within(timeout_s):
-            _, address = await self._opened_async()
-            if address is not None and address != self._shut:
-                with suppress(DoorShut):
-                    return await self._through(address, method, argument)
-            actor, _ = await self._opened_async()
-            return await getattr(actor, method).remote(argument)
+            with suppress(DoorShut):
+                return await self._tell(await self._opened_async(), method, argument)
+            return await self._tell(await self._opened_async(), method, argument)
 
     async def tell_if_open(self, method: str, argument: Any, timeout_s: float) -> Any:
         """Do as `tell`, but make no shard where none is known: that is `StoreUnavailable`."""
-        if self._known is None:
+        if (known := self._known) is None:
             raise StoreUnavailable(f"no shard of {self._app!r} is known on this node")
-        actor, address = self._known
         async with self._within(timeout_s):
-            if address is None or address == self._shut:
-                return await getattr(actor, method).remote(argument)
-            try:
-                return await self._through(address, method, argument)
-            except DoorShut as why:
-                raise StoreUnavailable(f"shard {this_node()} does not answer: {why}") from None
+            return await self._tell(known, method, argument)
+
+    async def _tell(self, shard: Known, method: str, argument: Any) -> Any:
+        """Raise `DoorShut` the first time only: a shard that began anew has another door."""
+        actor, address = shard
+        if address is None or address == self._shut:
+            return await _answer(getattr(actor, method).remote(argument))
+        if self._door is None or self._door.address != address:
+            self._door = Door(address)
+        try:
+            return await self._door.call(method, argument)
+        except DoorShut:
+            self._shut = address
+            if self._known is shard:
+                self._known = None
+            raise
 
     @asynccontextmanager
     async def _within(self, timeout_s: float) -> AsyncIterator[None]:
@@ -79,28 +82,19 @@ class OwnShard:
                 yield
         except TimeoutError:
             raise StoreUnavailable(f"shard {this_node()} did not answer in {timeout_s} s") from None
+        except DoorShut as why:
+            raise StoreUnavailable(f"shard {this_node()} does not answer: {why}") from None
         except RayError as error:
             raise self._failed(error) from None
 
-    async def _through(self, address: str, method: str, argument: Any) -> Any:
-        if self._door is None or self._door.address != address:
-            self._door = Door(address)
-        try:
-            return await self._door.call(method, argument)
-        except DoorShut:
-            self._shut = address
-            if self._known is not None and self._known[1] == address:
-                self._known = None
-            raise
-
-    def _opened(self) -> tuple[Actor, str | None]:
+    def _opened(self) -> Known:
         # Another thread may forget the shard at any moment.
         if (known := self._known) is not None:
             return known
         self._known = found = open_shard(self._app, self._settings)
         return found
 
-    async def _opened_async(self) -> tuple[Actor, str | None]:
+    async def _opened_async(self) -> Known:
         if (known := self._known) is not None:
             return known
         return await asyncio.to_thread(self._opened)
@@ -109,3 +103,9 @@ class OwnShard:
         if not isinstance(error, RayTaskError):
             self._known = None
         return translate(error, this_node())
+
+
+async def _answer(sent: "ray.ObjectRef[Any]") -> Any:
+    """Wait for a call just sent; either takes Ray a while, so not both in one turn of the loop."""
+    await asyncio.sleep(0)
+    return await sent
