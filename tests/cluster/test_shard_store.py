@@ -177,9 +177,9 @@ async def test_a_shard_has_a_door_on_its_node(make_store: MakeStore) -> None:
 def test_the_callers_work_is_done_once_and_its_error_ends_the_read(make_store: MakeStore) -> None:
     store = make_store()
     keys = [store.put(record(shape)) for shape in (SMALL, LARGE)]
-    lost = Key("contract", "0" * 10, 1, 1).sign(b"other")  # asked about a second time
+    made_up = Key("contract", "0" * 10, 1, 1).sign(b"other")
     done: list[int] = []
-    found = store.fetch([*keys, lost], meanwhile=lambda: done.append(1))
+    found = store.fetch([*keys, made_up], meanwhile=lambda: done.append(1))
     assert [isinstance(answer, list) for answer in found] == [True, True, False]
     assert done == [1]
     with pytest.raises(ZeroDivisionError):
