@@ -6,7 +6,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -30,6 +29,7 @@ from serve_app.store.outbox import Batch
 Actor = ActorHandle[Any]
 GIVE_UP_AFTER_S = 2.0
 """How long a shard that Ray calls dead or unreachable is asked again."""
+_HERE_S = 2.0
 GONE = (ActorDiedError, ActorUnschedulableError, ObjectLostError)
 
 
@@ -153,18 +153,21 @@ class ShardCalls:
             raise translate(error, "directory") from None
 
 
-def get_all(
-    refs: "list[ray.ObjectRef[Batch]]", timeout_s: float, *, here: bool = False
-) -> list[Batch | Unreadable]:
-    """Bring all objects here at once; ``here`` tells that they lie on this node.
+def get_here(refs: "list[ray.ObjectRef[Batch]]") -> list[Batch | Unreadable] | None:
+    """Return objects that lie on this node; None if they do not come soon, whatever the reason."""
+    try:
+        return list(ray.get(refs, timeout=_HERE_S))
+    except RayError:
+        return None
 
-    Others are waited for first: a get that waits would hold up those of other threads.
+
+def get_all(refs: "list[ray.ObjectRef[Batch]]", timeout_s: float) -> list[Batch | Unreadable]:
+    """Bring all objects here at once, from wherever they are.
+
+    They are waited for first: a get that waits would hold up those of other threads.
     """
     if not refs:
         return []
-    if here:
-        with suppress(RayError):
-            return list(ray.get(refs, timeout=timeout_s))
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=True)
     if len(ready) == len(refs):
         try:

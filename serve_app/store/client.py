@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store import outbox
 from serve_app.store.answers import SMALL, Found, ReadAnswer, ids_of, unpack_described
 from serve_app.store.base import Meanwhile, Segments, Unreadable
-from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, line, translate
+from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, get_here, line, translate
 from serve_app.store.directory import Settings, find_directory, list_shards, this_node
 from serve_app.store.keys import parse
 from serve_app.store.offers import Offer, offer_of, pack
@@ -27,6 +27,18 @@ from serve_app.store.snapshot import Entry, Page
 from serve_app.types import ShardStats, StoreStats
 
 _SOON_S = 1.0  # a shard on this node that takes longer is in trouble
+
+
+class _Reading(NamedTuple):
+    """What shards answered: each key's headers, small records' bytes and first batch; all refs.
+
+    ``here`` tells that all of it lies on this node.
+    """
+
+    reads: list[tuple[str, Found, npt.NDArray[np.uint8], int]]
+    refs: "list[ray.ObjectRef[outbox.Batch]]"
+    here: bool
+    unreadable: dict[str, Unreadable]
 
 
 class ShardStore:
@@ -99,6 +111,20 @@ class ShardStore:
         self, keys: Sequence[str], meanwhile: Meanwhile | None = None
     ) -> list[Segments | Unreadable]:
         """See `RecordStore`."""
+        reading = self._read(keys, meanwhile)
+        batches = get_here(reading.refs) if reading.here else None
+        if batches is None:
+            # Ray was once seen not to find an object of this very node, which one of several
+            # threads had just let go of. So it is asked for by a new reference.
+            reading = self._read(keys) if reading.here else reading
+            batches = get_all(reading.refs, self.args.call_timeout_s)
+        answers: dict[str, Segments | Unreadable] = {**reading.unreadable}
+        for text, found, small, first in reading.reads:
+            answers[text] = _segments(found, small, batches, first)
+        return [answers[text] for text in keys]
+
+    def _read(self, keys: Sequence[str], meanwhile: Meanwhile | None = None) -> "_Reading":
+        """Ask the shards what the keys are made of."""
         reads: list[tuple[str, Found, npt.NDArray[np.uint8], int]] = []
         refs: list[ray.ObjectRef[outbox.Batch]] = []
         here = True
@@ -115,15 +141,10 @@ class ShardStore:
             refs.extend(reply.refs)
             return unreadable
 
-        answers: dict[str, Segments | Unreadable] = {
-            **self._router.ask(
-                keys, lambda shard, texts: shard.read.remote(texts), receive, meanwhile
-            )
-        }
-        batches = get_all(refs, self.args.call_timeout_s, here=here)
-        for text, found, small, first in reads:
-            answers[text] = _segments(found, small, batches, first)
-        return [answers[text] for text in keys]
+        unreadable = self._router.ask(
+            keys, lambda shard, texts: shard.read.remote(texts), receive, meanwhile
+        )
+        return _Reading(reads, refs, here, unreadable)
 
     def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
         """See `RecordStore`."""
