@@ -20,16 +20,14 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from serve_app.errors import R3Error, RoutesLost, StoreUnavailable, without_frames
+from serve_app.errors import R3Error, StoreUnavailable, without_frames
 from serve_app.store.base import Meanwhile, Unreadable
 from serve_app.store.directory import find_directory, find_shard
 from serve_app.store.keys import parse
-from serve_app.store.outbox import Batch
 
 Actor = ActorHandle[Any]
 GIVE_UP_AFTER_S = 2.0
 """How long a shard that Ray calls dead or unreachable is asked again."""
-_HERE_S = 2.0
 GONE = (ActorDiedError, ActorUnschedulableError, ObjectLostError)
 
 
@@ -151,41 +149,6 @@ class ShardCalls:
             return ray.get(call(find_directory(self._app)), timeout=self._timeout_s)
         except RayError as error:
             raise translate(error, "directory") from None
-
-
-def get_here(refs: "list[ray.ObjectRef[Batch]]") -> list[Batch | Unreadable] | None:
-    """Return objects that lie on this node; None if they do not come soon, whatever the reason."""
-    try:
-        return list(ray.get(refs, timeout=_HERE_S))
-    except RayError:
-        return None
-
-
-def get_all(refs: "list[ray.ObjectRef[Batch]]", timeout_s: float) -> list[Batch | Unreadable]:
-    """Bring all objects here at once, from wherever they are.
-
-    They are waited for first: a get that waits would hold up those of other threads.
-    """
-    if not refs:
-        return []
-    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=True)
-    if len(ready) == len(refs):
-        try:
-            return list(ray.get(refs))
-        except RayError:
-            pass  # one of them is lost: find out which
-    arrived = set(ready)
-    late = StoreUnavailable(f"bytes did not arrive within {timeout_s} s")
-    return [_get_one(ref) if ref in arrived else late for ref in refs]
-
-
-def _get_one(ref: "ray.ObjectRef[Batch]") -> Batch | Unreadable:
-    try:
-        return ray.get(ref, timeout=1)
-    except ObjectLostError:
-        return RoutesLost("the node that held the bytes is gone")
-    except RayError as error:
-        return StoreUnavailable(f"bytes did not arrive: {line(error)}")
 
 
 def translate(error: RayError, shard: str) -> R3Error:

@@ -3,10 +3,8 @@
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import ray
 from ray.exceptions import RayError
 
@@ -14,31 +12,20 @@ from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
 from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store import outbox
-from serve_app.store.answers import SMALL, Found, ReadAnswer, ids_of, unpack_described
+from serve_app.store.answers import unpack_described
 from serve_app.store.base import Meanwhile, Segments, Unreadable
-from serve_app.store.calls import GONE, Actor, ShardCalls, get_all, get_here, line, translate
+from serve_app.store.calls import GONE, Actor, ShardCalls, line, translate
 from serve_app.store.directory import Settings, find_directory, list_shards, this_node
 from serve_app.store.keys import parse
 from serve_app.store.offers import Offer, offer_of, pack
 from serve_app.store.own_shard import OwnShard
 from serve_app.store.producer import Producer
+from serve_app.store.reads import ShardReader
 from serve_app.store.routing import KeyRouter
-from serve_app.store.snapshot import Entry, Page
+from serve_app.store.snapshot import Entry
 from serve_app.types import ShardStats, StoreStats
 
 _SOON_S = 1.0  # a shard on this node that takes longer is in trouble
-
-
-class _Reading(NamedTuple):
-    """What shards answered: each key's headers, small records' bytes and first batch; all refs.
-
-    ``here`` tells that all of it lies on this node.
-    """
-
-    reads: list[tuple[str, Found, npt.NDArray[np.uint8], int]]
-    refs: "list[ray.ObjectRef[outbox.Batch]]"
-    here: bool
-    unreadable: dict[str, Unreadable]
 
 
 class ShardStore:
@@ -56,6 +43,7 @@ class ShardStore:
         self._own = OwnShard(app, settings)
         self._calls = ShardCalls(app, settings.args.call_timeout_s)
         self._router = KeyRouter(app, self._calls)
+        self._reads = ShardReader(app, self._calls, self._router, settings.args.call_timeout_s)
         self._batches: Producer | None = None
 
     @property
@@ -107,45 +95,6 @@ class ShardStore:
             self._batches = Producer(self._send, budget)
         return await self._batches.put(offer_of(record, tag, lease_s, parent), record)
 
-    def fetch(
-        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
-    ) -> list[Segments | Unreadable]:
-        """See `RecordStore`."""
-        reading = self._read(keys, meanwhile)
-        batches = get_here(reading.refs) if reading.here else None
-        if batches is None:
-            # Ray was once seen not to find an object of this very node, which one of several
-            # threads had just let go of. So it is asked for by a new reference.
-            reading = self._read(keys) if reading.here else reading
-            batches = get_all(reading.refs, self.args.call_timeout_s)
-        answers: dict[str, Segments | Unreadable] = {**reading.unreadable}
-        for text, found, small, first in reading.reads:
-            answers[text] = _segments(found, small, batches, first)
-        return [answers[text] for text in keys]
-
-    def _read(self, keys: Sequence[str], meanwhile: Meanwhile | None = None) -> "_Reading":
-        """Ask the shards what the keys are made of."""
-        reads: list[tuple[str, Found, npt.NDArray[np.uint8], int]] = []
-        refs: list[ray.ObjectRef[outbox.Batch]] = []
-        here = True
-
-        def receive(texts: list[str], reply: ReadAnswer) -> dict[str, Unreadable]:
-            nonlocal here
-            here &= self.is_local(texts[0])
-            unreadable: dict[str, Unreadable] = {}
-            for text, found in zip(texts, reply.found, strict=True):
-                if isinstance(found, KeyUnreadable):
-                    unreadable[text] = found
-                else:
-                    reads.append((text, found, reply.small, len(refs)))
-            refs.extend(reply.refs)
-            return unreadable
-
-        unreadable = self._router.ask(
-            keys, lambda shard, texts: shard.read.remote(texts), receive, meanwhile
-        )
-        return _Reading(reads, refs, here, unreadable)
-
     def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
         """See `RecordStore`."""
         return self._change(keys, tag, lambda shard, texts: shard.release.remote(texts, tag))
@@ -168,22 +117,15 @@ class ShardStore:
         silent = [name for name in names if not isinstance(replies[name], ShardStats)]
         return StoreStats(answered, tuple(silent))
 
+    def fetch(
+        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
+    ) -> list[Segments | Unreadable]:
+        """See `RecordStore`."""
+        return self._reads.fetch(keys, meanwhile)
+
     def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
         """See `RecordStore`."""
-        answers: dict[str, list[RecordMeta] | Unreadable] = {}
-
-        def receive(texts: list[str], reply: bytes) -> dict[str, Unreadable]:
-            chains = dict(zip(texts, unpack_described(reply), strict=True))
-            answers.update(
-                {text: chain for text, chain in chains.items() if isinstance(chain, list)}
-            )
-            return {text: why for text, why in chains.items() if not isinstance(why, list)}
-
-        unreadable = self._router.ask(
-            keys, lambda shard, texts: shard.describe.remote(texts), receive
-        )
-        answers.update(unreadable)
-        return [answers[text] for text in keys]
+        return self._reads.describe(keys)
 
     async def adescribe(self, key: str) -> list[RecordMeta] | Unreadable:
         """See `RecordStore`. This node's shard is asked from the loop, others from a thread."""
@@ -198,23 +140,8 @@ class ShardStore:
         return (await asyncio.to_thread(self.describe, [key]))[0]
 
     def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Ids]]]:
-        """Yield everything that the shards hold, or what a tag needs, some records at a time."""
-        for name in list_shards(self.app):
-            first: int | None = 0
-            while first is not None:
-                page, read = self._page(name, tag, first)
-                batches = get_all(read.refs, self.args.call_timeout_s)
-                arrays: list[Ids] = []
-                for found in read.found:
-                    if isinstance(found, KeyUnreadable):
-                        raise found
-                    segments = _segments(found, read.small, batches)
-                    if not isinstance(segments, list):
-                        raise segments
-                    arrays.append(segments[0].ids)
-                if page.entries:
-                    yield page.entries, arrays
-                first = page.next
+        """See `ShardReader`."""
+        return self._reads.pages(tag)
 
     def adopt(self, secret: bytes, new_keys: Mapping[str, str]) -> None:
         """Let records that were put here again answer to their old keys, signed by ``secret``."""
@@ -263,13 +190,6 @@ class ShardStore:
             answers.update(zip(map(id, offers), kept, strict=True))
         return [answers[id(offer)] for offer, _ in batch]
 
-    def _page(self, shard: str, tag: str | None, first: int) -> tuple[Page, ReadAnswer]:
-        reply = self._calls.ask({shard: []}, lambda actor, _: actor.page.remote(tag, first))[shard]
-        if isinstance(reply, RayError):
-            raise StoreUnavailable(f"shard {shard} does not answer: {line(reply)}")
-        page, read = reply
-        return page, read
-
     def _change(
         self,
         keys: Sequence[str],
@@ -307,25 +227,6 @@ def _one(answers: list[str | StoreError]) -> str:
     if isinstance(answers[0], StoreError):
         raise answers[0]
     return answers[0]
-
-
-def _segments(
-    found: Found,
-    small: npt.NDArray[np.uint8],
-    batches: list[outbox.Batch | Unreadable],
-    first: int = 0,
-) -> Segments | Unreadable:
-    """Join headers and bytes; the answer's own batches begin at number ``first``."""
-    segments: Segments = []
-    for meta, (number, index) in found:
-        if number == SMALL:
-            segments.append(Record(meta, ids_of(meta, small, index)))
-            continue
-        batch = batches[first + number]
-        if not isinstance(batch, list):
-            return batch
-        segments.append(Record(meta, batch[index]))
-    return segments
 
 
 def connect(app: str, producer: Actor | None = None, timeout_s: float = 10.0) -> ShardStore:
