@@ -230,9 +230,15 @@ def _one(answers: list[str | StoreError]) -> str:
 
 
 def connect(app: str, producer: Actor | None = None, timeout_s: float = 10.0) -> ShardStore:
-    """Find an application's store; raise `StoreUnavailable` if none runs in this cluster."""
+    """Find an application's store.
+
+    Raises `StoreUnavailable` if none runs in this cluster, and `StoreError` if it is one of another
+    version of r3serve.
+    """
     try:
         answer: Any = ray.get(find_directory(app).settings.remote(), timeout=timeout_s)
     except RayError as error:
         raise StoreUnavailable(f"the store of {app!r} does not answer: {line(error)}") from None
-    return ShardStore(app, answer, producer)
+    settings: Settings = answer
+    settings.check(app)
+    return ShardStore(app, settings, producer)

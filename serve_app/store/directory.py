@@ -18,7 +18,7 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.config import CompatNamespace, StoreArgs
-from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable, without_frames
+from serve_app.errors import KeyUnreadable, RoutesLost, StoreError, StoreUnavailable, without_frames
 from serve_app.store.keys import verify
 from serve_app.store.shard import Shard, ShardIdentity
 
@@ -32,12 +32,29 @@ _DIRECTORY = "directory"
 _SHARD_ID = re.compile("[0-9a-f]{10}")
 
 
+PROTOCOL = 1
+"""What the store's actors and their callers say to each other; any change of it is another one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What every process that touches an application's store must know."""
 
     secret: bytes
     args: StoreArgs
+    protocol: int = PROTOCOL
+
+    def check(self, app: str) -> None:
+        """Raise `StoreError` where the store's actors run another version of r3serve.
+
+        They outlive the code that began them, and a trainer may have been built with other code.
+        """
+        if (theirs := getattr(self, "protocol", "unknown")) != PROTOCOL:
+            raise StoreError(
+                f"the store of {app!r} speaks protocol {theirs}, this process {PROTOCOL}: run the"
+                f" same version of r3serve everywhere, and end a store of an earlier one with"
+                f" 'r3serve store destroy {app}'"
+            )
 
 
 class Directory:
@@ -59,9 +76,10 @@ class Directory:
         """Return the secret and the newest arguments."""
         return self._settings
 
-    def configure(self, args: StoreArgs) -> None:
+    def configure(self, args: StoreArgs) -> Settings:
         """Take the arguments of a new deployment."""
         self._settings = Settings(self._settings.secret, args)
+        return self._settings
 
     def adopt(self, secret: bytes, epochs: Sequence[int], shard: str) -> None:
         """Remember that a shard answers for the restored records of earlier epochs."""
@@ -121,7 +139,8 @@ def this_node() -> str:
 def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[Any]:
     """Make the application's directory, or find it and give it ``args``.
 
-    Raises `StoreUnavailable` if it does not answer in ``timeout_s`` seconds.
+    Raises `StoreUnavailable` if it does not answer in ``timeout_s`` seconds, and `StoreError` if
+    it is one of another version of r3serve.
     """
     actor: Any = ray.remote(Directory)
     options = actor.options(
@@ -134,13 +153,14 @@ def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[A
         max_task_retries=-1,  # all its calls are idempotent: they wait while it starts elsewhere
     )
     try:
-        directory, _ = _opened(
+        directory, settings = _opened(
             lambda: options.remote(app, secrets.token_bytes(32), args),
             lambda found: found.configure.remote(args),
             timeout_s,
         )
     except ray.exceptions.RayError as error:
         raise StoreUnavailable(f"the directory of {app!r} does not answer: {error}") from None
+    settings.check(app)
     return directory
 
 

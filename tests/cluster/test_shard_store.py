@@ -1,6 +1,7 @@
 """The shards keep the store's contract, and their own promises: who owns, what survives."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import threading
@@ -15,13 +16,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from typer.testing import CliRunner
 
 from serve_app.cli import main
-from serve_app.errors import RoutesLost, StoreUnavailable
+from serve_app.config import StoreArgs
+from serve_app.errors import RoutesLost, StoreError, StoreUnavailable
 from serve_app.store.answers import unpack_described
 from serve_app.store.client import ShardStore, connect
 from serve_app.store.directory import (
+    NAMESPACE,
+    PROTOCOL,
+    Directory,
+    Settings,
     find_shard,
     list_actors,
+    open_directory,
     remove_actors,
+    shard_name,
     this_node,
 )
 from serve_app.store.door import Door
@@ -32,6 +40,16 @@ from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, r
 
 class TestShardStore(StoreContract):
     """Everything a `RecordStore` promises, on real shards."""
+
+
+class OtherDirectory(Directory):
+    """A directory as another version of r3serve would have it."""
+
+    def settings(self) -> Settings:
+        return dataclasses.replace(super().settings(), protocol=PROTOCOL + 1)
+
+    def configure(self, args: StoreArgs) -> Settings:
+        return dataclasses.replace(super().configure(args), protocol=PROTOCOL + 1)
 
 
 @ray.remote(num_cpus=0)
@@ -279,3 +297,20 @@ def test_every_metric_is_exported(make_store: MakeStore) -> None:
 def exported(text: str, label: str) -> set[str]:
     """Names of the metrics that have a series with this label."""
     return {line.split("{")[0] for line in text.splitlines() if label in line}
+
+
+def test_a_store_of_another_version_is_refused_by_name(make_store: MakeStore) -> None:
+    app = "contract"
+    other: Any = ray.remote(OtherDirectory)
+    made = other.options(
+        name=shard_name(app, "directory"), namespace=NAMESPACE, lifetime="detached", num_cpus=0
+    ).remote(app, bytes(32), StoreArgs())
+    ray.get(made.settings.remote(), timeout=30)
+    refused = f"speaks protocol {PROTOCOL + 1}, this process {PROTOCOL}.*destroy {app}"
+    with pytest.raises(StoreError, match=refused):
+        connect(app)
+    with pytest.raises(StoreError, match=refused):
+        open_directory(app, StoreArgs(), 30)
+    assert remove_actors(app, 30) == 1
+    key = make_store().put(record())
+    assert [found.meta for found in read(connect(app), key)] == [record().meta]
