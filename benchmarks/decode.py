@@ -29,6 +29,8 @@ QUICK_SHAPES = "8x512x48x8"
 TURNS, TURN_ROWS = 50, 512
 GRID = RankSlice(4, cp_size=2, layers=tuple(range(12, 24)))
 """A quarter of 48 layers, half of each sequence."""
+LEAST = RankSlice(128, cp_size=64, layers=(12,))
+"""Next to nothing of every sequence: what a call costs before it moves any bytes."""
 
 SHAPE_TARGETS = (
     Target("local_vs_memcpy", "local", "memcpy", most=2),
@@ -86,7 +88,10 @@ def shape_line(shape: Shape, repeat: int) -> dict[str, Any]:
 
 
 def grid_line(shape: Shape, repeat: int) -> dict[str, Any]:
-    """One rank of layers/4 x cp 2, beside the whole batch, as stored and as int64."""
+    """One rank of layers/4 x cp 2, beside the whole batch, as stored and as int64.
+
+    ``least`` stands beside them: what of either does not depend on the slice.
+    """
     rollouts = put(shape)
     whole = rollouts.read(where="local")(None)
     part = rollouts.read(where="local", rank=GRID)(None)
@@ -98,7 +103,8 @@ def grid_line(shape: Shape, repeat: int) -> dict[str, Any]:
         paths = [
             Path(f"{where}{name}{wide}", rollouts.read(where=where, **how, **dtype))
             for where in ("local", "decoder")
-            for name, how in (("", {}), ("_rank", {"rank": GRID}))
+            for name, how in (("", {}), ("_rank", {"rank": GRID}), ("_least", {"rank": LEAST}))
+            if not (wide and name == "_least")
         ]
         touched = (8 if wide else 2) * whole.ids.nbytes
         times |= interleaved(paths, rounds, touched_bytes=touched)
