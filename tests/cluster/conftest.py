@@ -1,6 +1,7 @@
 """One Ray cluster of three raylets and one served graph for all of these tests."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from serve_app.store.directory import open_directory, remove_actors
 from tests.store_contract import MakeStore
 
 APP = "rollout"
+HTTP_PORT = 8123
 ROOT = str(Path(__file__).parents[2])
 ROLLOUT_YAML = Path(ROOT) / "graphs" / "rollout.yaml"
 
@@ -34,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Three nodes: the head (``trainer``), ``engines`` and ``elsewhere``."""
+    # The tests' own modules; in a runtime environment every worker would have to be a new process.
+    os.environ["PYTHONPATH"] = ROOT
     nodes = Cluster(
         initialize_head=True,
         head_node_args={
@@ -50,8 +54,9 @@ def cluster() -> Iterator[Cluster]:
         address=nodes.address,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": ROOT}},  # the tests' own modules
     )
+    # Whichever test comes first: Serve takes these options once.
+    serve.start(http_options={"host": "127.0.0.1", "port": HTTP_PORT})
     yield nodes
     with suppress(Exception):
         serve.shutdown()  # type: ignore[no-untyped-call]
@@ -65,7 +70,6 @@ def app(cluster: Cluster, tiny_checkpoint: Path) -> str:
     config: dict[str, Any] = yaml.safe_load(ROLLOUT_YAML.read_text())["applications"][0]
     config["args"]["engine"]["model"] = str(tiny_checkpoint)
     config["args"]["engine"]["dtype"] = "float32"
-    serve.start(http_options={"host": "127.0.0.1", "port": 8123})
     serve.run(build(RolloutArgs.model_validate(config["args"])), name=APP, route_prefix="/")
     return APP
 

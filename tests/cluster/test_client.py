@@ -30,7 +30,7 @@ from serve_app.errors import (
     WeightsMismatch,
 )
 from serve_app.served import DECODER, ENGINE
-from tests.cluster.conftest import APP
+from tests.cluster.conftest import APP, HTTP_PORT
 from tests.store_contract import LARGE, MakeStore, record
 
 
@@ -203,7 +203,7 @@ def test_no_engine_replica_times_out_and_does_not_hang(cluster: object) -> None:
 
 
 def test_http_gives_the_same(client: RoutedExpertsClient) -> None:
-    at = "http://127.0.0.1:8123"
+    at = f"http://127.0.0.1:{HTTP_PORT}"
     assert requests.get(f"{at}/health", timeout=30).json()["status"] == "healthy"
     body: dict[str, Any] = {
         "input_ids": [5, 6, 7, 8],

@@ -29,12 +29,12 @@ from serve_app.fetching import RoutesFetcher
 from serve_app.served import ServedGraph
 from serve_app.weights import newest_weights
 from serve_app.wire.ours import from_bytes
-from tests.cluster.conftest import ROLLOUT_YAML
+from tests.cluster.conftest import HTTP_PORT, ROLLOUT_YAML
 from tests.cluster.test_cli import free_ports
 from tests.xtuner_client import Rollout, XtunerWorker, sample_params
 
-PORT, PREFIX = 8123, "/llm"
-URL = f"http://127.0.0.1:{PORT}{PREFIX}"
+PREFIX = "/llm"
+URL = f"http://127.0.0.1:{HTTP_PORT}{PREFIX}"
 KEYS = {"authorization": "Bearer sampler"}
 ADMIN = {"authorization": "Bearer boss"}
 LONG = {"ignore_eos": True, "max_tokens": 480, "return_routed_experts": True}
@@ -61,7 +61,6 @@ def application(model: Path, **ingress: Any) -> RolloutArgs:
 
 @pytest.fixture(scope="module")
 def two(cluster: Cluster, tiny_checkpoint: Path) -> Iterator[RoutedExpertsClient]:
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     serve.run(build(application(tiny_checkpoint)), name="two", route_prefix=PREFIX)
     yield RoutedExpertsClient("two")
     serve.delete("two")
@@ -289,7 +288,7 @@ def test_the_proxy_refuses_early_and_gives_up_on_stalled_readers(
 ) -> None:
     head = f"POST {PREFIX}/generate HTTP/1.1\r\nhost: x\r\ncontent-length: {1 << 30}\r\n"
     for extra in ("", "".join(f"x-{number}: 1\r\n" for number in range(200))):
-        with socket.create_connection(("127.0.0.1", PORT), timeout=30) as at:
+        with socket.create_connection(("127.0.0.1", HTTP_PORT), timeout=30) as at:
             at.sendall(f"{head}{extra}\r\n".encode())
             answer = b""
             while piece := at.recv(65536):
