@@ -104,7 +104,6 @@ def grid_line(shape: Shape, repeat: int) -> dict[str, Any]:
             Path(f"{where}{name}{wide}", rollouts.read(where=where, **how, **dtype))
             for where in ("local", "decoder")
             for name, how in (("", {}), ("_rank", {"rank": GRID}), ("_least", {"rank": LEAST}))
-            if not (wide and name == "_least")
         ]
         touched = (8 if wide else 2) * whole.ids.nbytes
         times |= interleaved(paths, rounds, touched_bytes=touched)
@@ -137,8 +136,8 @@ def turns_line(turns: int) -> dict[str, Any]:
         "targets": {
             "twice_the_turns_ours": {
                 "ratio": round(grows["ours"], 2),
-                "target": "<= 2.1 (linear)",
-                "met": grows["ours"] <= 2.1,
+                "target": "1.9 to 2.1 (linear)",
+                "met": 1.9 <= grows["ours"] <= 2.1,
             },
             "twice_the_turns_upstream": {"ratio": round(grows["upstream"], 2), "target": "beside"},
         },

@@ -1,6 +1,7 @@
 """Finished rollouts of one shape: put as an engine puts them, read as a trainer reads them."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,6 +14,8 @@ from serve_app.client import RoutedExpertsClient
 from serve_app.records import Record, make_record, narrowest_dtype
 from serve_app.store.client import connect
 from serve_app.types import ExpertBatch, RoutedSequence
+
+_EMPTY_S, _POLL_S = 30.0, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +85,17 @@ class Rollouts:
         return lambda _: self.client.materialize(self.sequences, **how)
 
     def release(self) -> None:
-        """Give their memory back."""
+        """Give their memory back; returns when the store, which had nothing else, is empty.
+
+        It drops many records over some turns of its loop: what is measured next neither shares
+        the machine with that nor counts these bytes.
+        """
         self.client.release([sequence.key for sequence in self.sequences])
+        give_up = time.monotonic() + _EMPTY_S
+        while left := self.client.stats().live_bytes:
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"{left} bytes are still held {_EMPTY_S} s after their release")
+            time.sleep(_POLL_S)
 
 
 def _record(shape: Shape, num_experts: int, seed: int) -> Record:

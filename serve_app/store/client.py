@@ -155,8 +155,8 @@ class ShardStore:
             raise translate(error, "directory") from None
 
     def is_local(self, key: str) -> bool:
-        """See `RecordStore`: on this process's node."""
-        return parse(key, self.app).shard == this_node()
+        """See `RecordStore`."""
+        return self._reads.is_local(key)
 
     def _is_mine(self, key: str) -> bool:
         try:

@@ -31,7 +31,6 @@ _NAME_POLL_S = 0.02
 _DIRECTORY = "directory"
 _SHARD_ID = re.compile("[0-9a-f]{10}")
 
-
 PROTOCOL = 1
 """What the store's actors and their callers say to each other; any change of it is another one."""
 
@@ -76,10 +75,9 @@ class Directory:
         """Return the secret and the newest arguments."""
         return self._settings
 
-    def configure(self, args: StoreArgs) -> Settings:
+    def configure(self, args: StoreArgs) -> None:
         """Take the arguments of a new deployment."""
         self._settings = Settings(self._settings.secret, args)
-        return self._settings
 
     def adopt(self, secret: bytes, epochs: Sequence[int], shard: str) -> None:
         """Remember that a shard answers for the restored records of earlier epochs."""
@@ -152,15 +150,17 @@ def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[A
         max_restarts=-1,
         max_task_retries=-1,  # all its calls are idempotent: they wait while it starts elsewhere
     )
+
+    def make() -> ActorHandle[Any]:
+        made: ActorHandle[Any] = options.remote(app, secrets.token_bytes(32), args)
+        return made
+
     try:
-        directory, settings = _opened(
-            lambda: options.remote(app, secrets.token_bytes(32), args),
-            lambda found: found.configure.remote(args),
-            timeout_s,
-        )
+        _, settings = _opened(make, lambda found: found.settings.remote(), timeout_s)
+        settings.check(app)
+        directory, _ = _opened(make, lambda found: found.configure.remote(args), timeout_s)
     except ray.exceptions.RayError as error:
         raise StoreUnavailable(f"the directory of {app!r} does not answer: {error}") from None
-    settings.check(app)
     return directory
 
 

@@ -60,7 +60,7 @@ class ShardReader:
             answers[text] = _segments(found, small, batches, first)
         return [answers[text] for text in keys]
 
-    def _read(self, keys: Sequence[str], meanwhile: Meanwhile | None = None) -> "_Reading":
+    def _read(self, keys: Sequence[str], meanwhile: Meanwhile | None = None) -> _Reading:
         """Ask the shards what the keys are made of."""
         reads: list[tuple[str, Found, npt.NDArray[np.uint8], int]] = []
         refs: list[ray.ObjectRef[Batch]] = []
@@ -68,7 +68,7 @@ class ShardReader:
 
         def receive(texts: list[str], reply: ReadAnswer) -> dict[str, Unreadable]:
             nonlocal here
-            here &= parse(texts[0], self._app).shard == this_node()
+            here &= self.is_local(texts[0])
             unreadable: dict[str, Unreadable] = {}
             for text, found in zip(texts, reply.found, strict=True):
                 if isinstance(found, KeyUnreadable):
@@ -99,6 +99,10 @@ class ShardReader:
         )
         answers.update(unreadable)
         return [answers[text] for text in keys]
+
+    def is_local(self, key: str) -> bool:
+        """See `RecordStore`: on this process's node."""
+        return parse(key, self._app).shard == this_node()
 
     def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Ids]]]:
         """Yield everything that the shards hold, or what a tag needs, some records at a time."""

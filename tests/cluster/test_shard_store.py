@@ -48,9 +48,6 @@ class OtherDirectory(Directory):
     def settings(self) -> Settings:
         return dataclasses.replace(super().settings(), protocol=PROTOCOL + 1)
 
-    def configure(self, args: StoreArgs) -> Settings:
-        return dataclasses.replace(super().configure(args), protocol=PROTOCOL + 1)
-
 
 @ray.remote(num_cpus=0)
 class EngineLike:
@@ -299,18 +296,30 @@ def exported(text: str, label: str) -> set[str]:
     return {line.split("{")[0] for line in text.splitlines() if label in line}
 
 
+def test_bytes_that_are_gone_from_this_node_are_lost_and_said_so(make_store: MakeStore) -> None:
+    store = make_store()
+    gone, kept = (store.put(record(LARGE, seed=seed)) for seed in (1, 2))
+    shard: Any = find_shard("contract", this_node())
+    ray.internal.free(ray.get(shard.read.remote([gone]), timeout=30).refs)
+    found, other = store.fetch([gone, kept])
+    assert isinstance(found, RoutesLost)
+    assert isinstance(other, list)
+    assert np.array_equal(other[0].ids, record(LARGE, seed=2).ids)
+
+
 def test_a_store_of_another_version_is_refused_by_name(make_store: MakeStore) -> None:
     app = "contract"
     other: Any = ray.remote(OtherDirectory)
     made = other.options(
         name=shard_name(app, "directory"), namespace=NAMESPACE, lifetime="detached", num_cpus=0
     ).remote(app, bytes(32), StoreArgs())
-    ray.get(made.settings.remote(), timeout=30)
+    before = ray.get(made.settings.remote(), timeout=30)
     refused = f"speaks protocol {PROTOCOL + 1}, this process {PROTOCOL}.*destroy {app}"
     with pytest.raises(StoreError, match=refused):
         connect(app)
     with pytest.raises(StoreError, match=refused):
-        open_directory(app, StoreArgs(), 30)
+        open_directory(app, StoreArgs(lease_s=5), 30)
+    assert ray.get(made.settings.remote(), timeout=30) == before
     assert remove_actors(app, 30) == 1
     key = make_store().put(record())
     assert [found.meta for found in read(connect(app), key)] == [record().meta]
