@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import requests
+from ray.exceptions import ObjectLostError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from typer.testing import CliRunner
 
@@ -35,6 +36,7 @@ from serve_app.store.directory import (
 from serve_app.store.door import Door
 from serve_app.store.keys import Key
 from serve_app.store.metrics import GAUGES, LATENCY, metric_name
+from serve_app.store.reads import ShardReader
 from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, record
 
 
@@ -296,12 +298,45 @@ def exported(text: str, label: str) -> set[str]:
     return {line.split("{")[0] for line in text.splitlines() if label in line}
 
 
-def test_bytes_that_are_gone_from_this_node_are_lost_and_said_so(make_store: MakeStore) -> None:
+class Owner:
+    """A process whose objects end with it."""
+
+    def own(self) -> "list[ray.ObjectRef[Any]]":
+        return [ray.put([np.zeros(1 << 20, np.uint8)])]
+
+
+def lost_object() -> "ray.ObjectRef[Any]":
+    """Return a reference to bytes that were on this node; Ray has noticed that they are gone."""
+    made: Any = ray.remote(Owner)
+    owner = made.options(num_cpus=0).remote()
+    (ref,) = ray.get(owner.own.remote(), timeout=30)
+    ray.kill(owner)
+    deadline, tick = time.monotonic() + 60, threading.Event()
+    while True:
+        try:
+            ray.get(ref, timeout=10)
+        except ObjectLostError:
+            return ref  # type: ignore[no-any-return]
+        assert time.monotonic() < deadline, "the object outlives its owner"
+        tick.wait(0.1)
+
+
+def test_bytes_that_are_gone_from_this_node_are_lost_and_said_so(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = make_store()
     gone, kept = (store.put(record(LARGE, seed=seed)) for seed in (1, 2))
-    shard: Any = find_shard("contract", this_node())
-    ray.internal.free(ray.get(shard.read.remote([gone]), timeout=30).refs)
+    lost, read_shards = lost_object(), ShardReader._read
+    answers = []
+
+    def losing_the_first(self: ShardReader, *args: Any) -> Any:
+        reading = read_shards(self, *args)
+        answers.append(len(reading.refs))
+        return reading._replace(refs=[lost, *reading.refs[1:]])
+
+    monkeypatch.setattr(ShardReader, "_read", losing_the_first)
     found, other = store.fetch([gone, kept])
+    assert answers == [2, 2], "the shard is asked anew for bytes that this node does not have"
     assert isinstance(found, RoutesLost)
     assert isinstance(other, list)
     assert np.array_equal(other[0].ids, record(LARGE, seed=2).ids)
