@@ -11,12 +11,12 @@ out. Each is asked for as stored and as int64, with the client's own choice of w
 import argparse
 from typing import Any
 
-from benchmarks.cluster import own_nodes, serve_decoder, start
 from benchmarks.decode import EXPERTS, GRID, QUICK_SHAPES, SHAPES
-from benchmarks.lines import emit
-from benchmarks.machine import describe, versions
-from benchmarks.measuring import Path, Target, Times, interleaved
-from benchmarks.rollouts import RolloutEngine, Rollouts, Shape
+from benchmarks.harness.cluster import own_nodes, serve_decoder, start
+from benchmarks.harness.lines import emit
+from benchmarks.harness.machine import describe, versions
+from benchmarks.harness.measuring import Path, Target, Times, interleaved
+from benchmarks.harness.rollouts import RolloutEngine, Rollouts, Shape
 
 APP, ENGINES = "across", "engines"
 HOW: dict[str, dict[str, Any]] = {"whole": {}, "rank": {"rank": GRID}}

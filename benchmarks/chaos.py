@@ -34,15 +34,15 @@ from ray import serve
 from ray._private.internal_api import node_stats
 from ray.cluster_utils import Cluster
 
-from benchmarks.book import HANG_S, Book
-from benchmarks.lines import emit, only_lines
-from benchmarks.load import LEASE_S, Producing, Reading
-from benchmarks.machine import describe, versions
+from benchmarks.harness.book import HANG_S, Book
+from benchmarks.harness.lines import emit, only_lines
+from benchmarks.harness.load import LEASE_S, Producing, Reading
+from benchmarks.harness.machine import describe, versions
 from graphs.store import build
 from serve_app.client import RoutedExpertsClient
 from serve_app.config import DecoderArgs, ServeOptions, StoreArgs, StoreGraphArgs
 from serve_app.errors import StoreError
-from serve_app.store.directory import find_shard, list_shards
+from serve_app.store.owner.directory import find_shard, list_shards
 
 APP = "chaos"
 NODES = ("head", "left", "right")

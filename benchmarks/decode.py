@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.cluster import own_ray, serve_decoder, start
-from benchmarks.lines import emit
-from benchmarks.machine import describe, versions
-from benchmarks.measuring import Path, Target, Times, interleaved
-from benchmarks.rollouts import RolloutEngine, Rollouts, Shape
-from benchmarks.upstream import SharedStore
+from benchmarks.harness.cluster import own_ray, serve_decoder, start
+from benchmarks.harness.lines import emit
+from benchmarks.harness.machine import describe, versions
+from benchmarks.harness.measuring import Path, Target, Times, interleaved
+from benchmarks.harness.rollouts import RolloutEngine, Rollouts, Shape
+from benchmarks.harness.upstream import SharedStore
 from serve_app.client import RoutedExpertsClient
 from serve_app.types import ExpertBatch, RankSlice, RoutedSequence
 

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from ray import serve
 
-from benchmarks.cluster import own_ray
-from benchmarks.lines import emit
-from benchmarks.machine import describe, versions
-from benchmarks.measuring import Target, Times
+from benchmarks.harness.cluster import own_ray
+from benchmarks.harness.lines import emit
+from benchmarks.harness.machine import describe, versions
+from benchmarks.harness.measuring import Target, Times
 from examples.tiny_moe import write_checkpoint
 from graphs.rollout import build
-from serve_app.async_client import AsyncRoutedExpertsClient
-from serve_app.client import RoutedExpertsClient
+from serve_app.client import AsyncRoutedExpertsClient, RoutedExpertsClient
 from serve_app.config import RolloutArgs
 from serve_app.types import GenerateRequest, GenerateResult, RoutedSequence
 

@@ -21,14 +21,14 @@ from typing import Any
 import aiohttp
 from ray import serve
 
-from benchmarks.fast_engine import expected
-from benchmarks.http_graph import proxied_ray, served
-from benchmarks.lines import emit
-from benchmarks.machine import describe, versions
-from benchmarks.processes import resident_mib
+from benchmarks.harness.fast_engine import expected
+from benchmarks.harness.http_graph import proxied_ray, served
+from benchmarks.harness.lines import emit
+from benchmarks.harness.machine import describe, versions
+from benchmarks.harness.processes import resident_mib
 from serve_app.client import RoutedExpertsClient
+from serve_app.client.served import ENGINE
 from serve_app.records import hash_tokens
-from serve_app.served import ENGINE
 from serve_app.types import GenerateRequest
 
 PROMPT_TOKENS = 16

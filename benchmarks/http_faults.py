@@ -23,11 +23,11 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.fast_engine import expected
-from benchmarks.http_graph import proxied_ray, served
-from benchmarks.lines import emit
-from benchmarks.machine import describe, versions
-from benchmarks.processes import kill_replica, resident_mib
+from benchmarks.harness.fast_engine import expected
+from benchmarks.harness.http_graph import proxied_ray, served
+from benchmarks.harness.lines import emit
+from benchmarks.harness.machine import describe, versions
+from benchmarks.harness.processes import kill_replica, resident_mib
 from serve_app.client import RoutedExpertsClient
 from serve_app.records import hash_tokens
 

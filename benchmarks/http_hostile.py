@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.http_graph import PORT, proxied_ray, served
-from benchmarks.lines import emit
-from benchmarks.machine import describe, versions
-from benchmarks.processes import resident_mib
+from benchmarks.harness.http_graph import PORT, proxied_ray, served
+from benchmarks.harness.lines import emit
+from benchmarks.harness.machine import describe, versions
+from benchmarks.harness.processes import resident_mib
 from serve_app.client import RoutedExpertsClient
 
 APP = "hostile"

@@ -12,7 +12,6 @@ The model's steps would hide it: on a CPU they run on that loop too.
 
 import argparse
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Iterator
 from math import prod
@@ -24,14 +23,15 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.cluster import start
-from benchmarks.engine import STORE, TALKS, EngineHost, StoreIsUp, conversations
-from benchmarks.measuring import Times
+from benchmarks.harness.cluster import start
+from benchmarks.harness.engine_host import STORE, TALKS, EngineHost, StoreIsUp, conversations
+from benchmarks.harness.lmdeploy_engine import without_cuda
+from benchmarks.harness.measuring import Times
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.rollout.engine import InferenceEngine
 from serve_app.engines.base import ModelInfo
-from serve_app.engines.lmdeploy_rollout import Rollout
+from serve_app.engines.lmdeploy.rollout import Rollout
 from serve_app.engines.stream import ChunkStream
 from serve_app.types import GenerateRequest
 
@@ -40,17 +40,6 @@ ROWS = (16_384, 48, 8)  # 2 bytes an id for more than 256 experts: 12 MiB
 EXPERTS = 512
 TICK_S = 0.001  # a loop of libuv counts whole milliseconds
 IDLE_S = 0.03
-STORMY: dict[str, Any] = {
-    "backend": "lmdeploy",
-    "dtype": "float16",  # float32 where the CPU's operators are used
-    "engine_kwargs": {
-        "eager_mode": True,
-        "num_gpu_blocks": 300,  # few enough that rollouts lose theirs now and then
-        "block_size": 16,
-        "max_prefill_token_num": 256,
-        "enable_prefix_caching": True,
-    },
-}
 WAYS = ("idle", "key", "theirs")
 
 
@@ -70,18 +59,6 @@ def arguments(path: Path, **fields: Any) -> EngineArgs:
             **fields,
         },
     )
-
-
-def without_cuda() -> None:
-    """Run the real engine on this CPU, if that is all there is."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["LMDEPLOY_SKIP_WARMUP"] = "1"
-        torch.set_num_threads(1)
-        from tests.lmdeploy.cpu_backend import install
-
-        install()
 
 
 class TalkingHost(EngineHost):
@@ -105,7 +82,7 @@ class FinishingHost:
         without_cuda()
         from lmdeploy.pytorch.engine import engine_instance
 
-        from serve_app.engines.lmdeploy_slots import Limits, Slots
+        from serve_app.engines.lmdeploy.slots import Limits, Slots
 
         up: Any = StoreIsUp()
         replica = InferenceEngine(args, store, up)

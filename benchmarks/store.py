@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.cluster import own_ray, start
-from benchmarks.lines import emit
-from benchmarks.machine import describe, versions
-from benchmarks.measuring import Path, Target, Times, Took, interleaved
-from benchmarks.producers import Producer
-from benchmarks.upstream import SharedStore
+from benchmarks.harness.cluster import own_ray, start
+from benchmarks.harness.lines import emit
+from benchmarks.harness.machine import describe, versions
+from benchmarks.harness.measuring import Path, Target, Times, Took, interleaved
+from benchmarks.harness.producers import Producer
+from benchmarks.harness.upstream import SharedStore
 from serve_app.config import StoreArgs
 from serve_app.continuing import continued
 from serve_app.records import make_record
-from serve_app.store.client import ShardStore, connect
-from serve_app.store.directory import open_directory
+from serve_app.store.access.client import ShardStore, connect
+from serve_app.store.owner.directory import open_directory
 
 MB_1_5 = (4096, 48, 8)
 MB_12 = (32768, 48, 8)

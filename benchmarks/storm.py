@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.lines import emit, only_lines
+from benchmarks.harness.lines import emit, only_lines
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.rollout.engine import InferenceEngine
 from serve_app.records import Record, hash_tokens
-from serve_app.store.memory import MemoryStore, shared
+from serve_app.store.owner.memory import MemoryStore, shared
 from serve_app.types import GenerateRequest, GenerateResult, UpdateMode
-from serve_app.weights import pack
+from serve_app.weights.holder import pack
 
 AT_ONCE = 40
 EXPERTS = 16
@@ -243,7 +243,7 @@ def main() -> None:
     options = parser.parse_args()
     engine_args: dict[str, Any] = {}
     if options.backend == "lmdeploy":
-        from benchmarks.lmdeploy import STORMY, without_cuda
+        from benchmarks.harness.lmdeploy_engine import STORMY, without_cuda
 
         without_cuda()
         engine_args = STORMY

@@ -17,12 +17,12 @@ import numpy as np
 import ray
 import torch
 
-from benchmarks.cluster import own_ray, serve_decoder, start
-from benchmarks.lines import emit
-from benchmarks.machine import describe, versions
-from benchmarks.measuring import Path, Target, Times, interleaved
-from benchmarks.rollouts import RolloutEngine, Shape
-from benchmarks.upstream import RolloutWorker, SharedStore, trainer_tensor
+from benchmarks.harness.cluster import own_ray, serve_decoder, start
+from benchmarks.harness.lines import emit
+from benchmarks.harness.machine import describe, versions
+from benchmarks.harness.measuring import Path, Target, Times, interleaved
+from benchmarks.harness.rollouts import RolloutEngine, Shape
+from benchmarks.harness.upstream import RolloutWorker, SharedStore, trainer_tensor
 from serve_app.client import RoutedExpertsClient
 from serve_app.types import RoutedSequence
 

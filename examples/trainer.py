@@ -21,7 +21,7 @@ from examples.packing import Pack, Rollout, packs
 from examples.report import Gap, StepReport
 from serve_app.client import RoutedExpertsClient
 from serve_app.engines.moe import find_moe_blocks
-from serve_app.engines.recording import ExpertRecorder
+from serve_app.engines.transformers.recording import ExpertRecorder
 from serve_app.replay import replay_routing
 from serve_app.types import ExpertBatch, GenerateRequest, GenerateResult, RoutedSequence
 

@@ -5,16 +5,16 @@ from pathlib import Path
 from ray import serve
 from ray.serve import Application
 
+from serve_app.client.served import DECODER, ENGINE, INGRESS, STORE
 from serve_app.config import RolloutArgs, read_args
-from serve_app.deployments.affinity import by_session
 from serve_app.deployments.decoder import ExpertDecoder
-from serve_app.deployments.engine import InferenceEngine
 from serve_app.deployments.gpus import check_gpus
-from serve_app.deployments.placement import near_bytes
+from serve_app.deployments.rollout.engine import InferenceEngine
+from serve_app.deployments.routing.affinity import by_session
+from serve_app.deployments.routing.placement import near_bytes
 from serve_app.deployments.store import ExpertStore
 from serve_app.ingress.app import http
-from serve_app.ingress.edge import Ingress
-from serve_app.served import DECODER, ENGINE, INGRESS, STORE
+from serve_app.ingress.edge.edge import Ingress
 
 
 def build(args: RolloutArgs) -> Application:

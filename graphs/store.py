@@ -3,11 +3,11 @@
 from ray import serve
 from ray.serve import Application
 
+from serve_app.client.served import DECODER, STORE
 from serve_app.config import StoreGraphArgs
 from serve_app.deployments.decoder import ExpertDecoder
-from serve_app.deployments.placement import near_bytes
+from serve_app.deployments.routing.placement import near_bytes
 from serve_app.deployments.store import ExpertStore
-from serve_app.served import DECODER, STORE
 
 
 def build(args: StoreGraphArgs) -> Application:

@@ -12,8 +12,7 @@ from serve_app.types import (
 )
 
 if TYPE_CHECKING:
-    from serve_app.async_client import AsyncRoutedExpertsClient
-    from serve_app.client import RoutedExpertsClient
+    from serve_app.client import AsyncRoutedExpertsClient, RoutedExpertsClient
 
 __all__ = [
     "AsyncRoutedExpertsClient",
@@ -29,12 +28,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the clients, and with them Ray, only when they are asked for."""
-    if name == "RoutedExpertsClient":
-        from serve_app.client import RoutedExpertsClient
+    if name in ("AsyncRoutedExpertsClient", "RoutedExpertsClient"):
+        from serve_app import client
 
-        return RoutedExpertsClient
-    if name == "AsyncRoutedExpertsClient":
-        from serve_app.async_client import AsyncRoutedExpertsClient
-
-        return AsyncRoutedExpertsClient
+        return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

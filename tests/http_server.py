@@ -13,10 +13,10 @@ from ray import serve
 
 from graphs.rollout import build
 from serve_app import RoutedExpertsClient
+from serve_app.client.served import Handles
 from serve_app.config import RolloutArgs
 from serve_app.ingress.app import make_http
-from serve_app.ingress.edge import Ingress
-from serve_app.served import Handles
+from serve_app.ingress.edge.edge import Ingress
 
 
 class LocalGraph:

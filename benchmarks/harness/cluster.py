@@ -8,13 +8,13 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from benchmarks.lines import only_lines
+from benchmarks.harness.lines import only_lines
+from serve_app.client.served import DECODER, STORE
 from serve_app.config import DecoderArgs, ServeOptions, StoreArgs
 from serve_app.deployments.decoder import ExpertDecoder
-from serve_app.deployments.placement import near_bytes
+from serve_app.deployments.routing.placement import near_bytes
 from serve_app.deployments.store import ExpertStore
-from serve_app.served import DECODER, STORE
-from serve_app.store.directory import open_directory
+from serve_app.store.owner.directory import open_directory
 
 
 @contextmanager

@@ -9,17 +9,17 @@ from typing import Any
 
 from ray import serve
 
-from benchmarks.cluster import own_ray
-from benchmarks.fast_engine import FastEngine
+from benchmarks.harness.cluster import own_ray
+from benchmarks.harness.fast_engine import FastEngine
 from examples.tiny_moe import write_checkpoint
+from serve_app.client.served import DECODER, ENGINE, INGRESS, STORE
 from serve_app.config import RolloutArgs
 from serve_app.deployments.decoder import ExpertDecoder
-from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.rollout.engine import InferenceEngine
+from serve_app.deployments.rollout.loading import load_engine
 from serve_app.deployments.store import ExpertStore
-from serve_app.engines.loading import load_engine
 from serve_app.ingress.app import http
-from serve_app.ingress.edge import Ingress
-from serve_app.served import DECODER, ENGINE, INGRESS, STORE
+from serve_app.ingress.edge.edge import Ingress
 
 PORT = 8531
 PROXY = {

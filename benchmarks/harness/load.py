@@ -12,11 +12,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from benchmarks.book import HANG_S, NUM_EXPERTS, Book, Entry, Part
+from benchmarks.harness.book import HANG_S, NUM_EXPERTS, Book, Entry, Part
 from serve_app.client import RoutedExpertsClient
 from serve_app.errors import KeyExpired, KeyUnreadable, R3Error, RoutesLost, StoreError
 from serve_app.records import Record, make_record
-from serve_app.store.client import ShardStore, connect
+from serve_app.store.access.client import ShardStore, connect
 from serve_app.store.keys import parse
 from serve_app.types import RoutedSequence, Where
 

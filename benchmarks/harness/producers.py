@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 from serve_app.records import Record, make_record
-from serve_app.store.client import ShardStore, connect
+from serve_app.store.access.client import ShardStore, connect
 
 TICK_S = 0.001  # a loop of libuv counts whole milliseconds
 

@@ -12,7 +12,7 @@ import ray
 
 from serve_app.client import RoutedExpertsClient
 from serve_app.records import Record, make_record, narrowest_dtype
-from serve_app.store.client import connect
+from serve_app.store.access.client import connect
 from serve_app.types import ExpertBatch, RoutedSequence
 
 _EMPTY_S, _POLL_S = 30.0, 0.05

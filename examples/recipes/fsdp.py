@@ -25,7 +25,7 @@ from examples.recipes.samples import APP, Model, Sample, put_samples, served_sto
 from examples.tiny_moe import write_checkpoint
 from serve_app.client import RoutedExpertsClient
 from serve_app.engines.moe import find_moe_blocks
-from serve_app.engines.recording import ExpertRecorder
+from serve_app.engines.transformers.recording import ExpertRecorder
 from serve_app.replay import replay_routing
 from serve_app.types import RoutedSequence
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from serve_app.cli.attaching import sorry
+from serve_app.client.over_http import Form, RoutesFetcher
 from serve_app.errors import R3Error
-from serve_app.fetching import Form, RoutesFetcher
 
 _FORMS: dict[str, Form] = {".npy": "npy", ".safetensors": "safetensors"}
 

@@ -9,7 +9,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from serve_app.loads import Drift, ExpertLoads
+from serve_app.observe.loads import Drift, ExpertLoads
 
 _DPI = 150
 

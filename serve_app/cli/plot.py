@@ -11,9 +11,9 @@ from rich.console import Console
 from serve_app.cli.attaching import Address, attach, sorry
 from serve_app.cli.progress import progress_bar
 from serve_app.errors import R3Error, RecordError, SnapshotError
-from serve_app.loads import ExpertLoads
+from serve_app.observe.loads import ExpertLoads
 from serve_app.records import Record
-from serve_app.store.client import connect
+from serve_app.store.access.client import connect
 from serve_app.store.snapshot import Progress, read_page, saved_app, snapshot_files
 
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from serve_app.cli.attaching import Address, attach, sorry
 from serve_app.cli.progress import progress_bar
 from serve_app.errors import R3Error
-from serve_app.store import archive
-from serve_app.store.client import connect
-from serve_app.store.directory import remove_actors
+from serve_app.store.access import archive
+from serve_app.store.access.client import connect
+from serve_app.store.owner.directory import remove_actors
 from serve_app.types import ShardStats, StoreStats
 
 _REMOVE_S = 30.0

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from serve_app.client import RoutedExpertsClient, failed
+from serve_app.client.blocking import RoutedExpertsClient, failed
+from serve_app.client.served import Handles, ServedGraph, await_answer
 from serve_app.errors import R3Error
 from serve_app.records import Record
-from serve_app.served import Handles, ServedGraph, await_answer
 from serve_app.store.snapshot import Progress, SnapshotReport
 from serve_app.types import (
     ExpertBatch,
@@ -23,11 +23,11 @@ from serve_app.types import (
     UpdateMode,
     WeightsResult,
 )
-from serve_app.wire.expected import Expected
+from serve_app.wire.payloads.expected import Expected
 from serve_app.wire.registry import Payload
 
 if TYPE_CHECKING:
-    from serve_app.client import State
+    from serve_app.client.blocking import State
 
 
 class AsyncRoutedExpertsClient:

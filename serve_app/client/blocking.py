@@ -1,7 +1,7 @@
 """The blocking client: one object for everything a trainer asks of a served graph.
 
 It works in a driver, a task or an actor. Every call ends within a timeout, and every error is one
-of `serve_app.errors`. `serve_app.async_client` has the same, awaited.
+of `serve_app.errors`. `serve_app.client.awaited` has the same, awaited.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
+from serve_app.client.reading import Reader
+from serve_app.client.served import Handles, ServedGraph, wait_answer
 from serve_app.continuing import continued
 from serve_app.errors import R3Error
-from serve_app.reading import Reader
 from serve_app.records import Record, make_record
-from serve_app.served import Handles, ServedGraph, wait_answer
-from serve_app.store.archive import restore, save
+from serve_app.store.access.archive import restore, save
 from serve_app.store.snapshot import Progress, SnapshotReport
 from serve_app.types import (
     BatchSpec,
@@ -34,7 +34,7 @@ from serve_app.types import (
     WeightsResult,
     Where,
 )
-from serve_app.wire.expected import Expected
+from serve_app.wire.payloads.expected import Expected
 from serve_app.wire.registry import Payload
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from serve_app.errors import (
     StoreUnavailable,
     UnknownKey,
 )
-from serve_app.wire.ours import from_bytes
+from serve_app.wire.formats.ours import from_bytes
 
 Form = Literal["record", "npy", "safetensors"]
 Progress = Callable[[int, int], None]

@@ -8,13 +8,13 @@ import numpy.typing as npt
 
 from serve_app.assemble.joining import joined
 from serve_app.assemble.shares import Nodes
+from serve_app.client.remote import Decoders
+from serve_app.client.served import ServedGraph
 from serve_app.materialize import materialize
 from serve_app.records import Record
-from serve_app.remote import Decoders
-from serve_app.served import ServedGraph
-from serve_app.store.client import ShardStore
-from serve_app.store.directory import this_node
+from serve_app.store.access.client import ShardStore
 from serve_app.store.keys import parse, shorten
+from serve_app.store.owner.directory import this_node
 from serve_app.types import (
     BatchSpec,
     ExpertBatch,
@@ -22,8 +22,8 @@ from serve_app.types import (
     RoutedSequence,
     Where,
 )
-from serve_app.wire.expected import Expected
-from serve_app.wire.keyed import is_key
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.keyed import is_key
 from serve_app.wire.registry import Payload, decode
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from serve_app.assemble.destination import Allocate, Array, destination
 from serve_app.assemble.ranks import rank_rows
 from serve_app.assemble.sequence_table import SequenceTable
 from serve_app.assemble.shares import Nodes, Share, join, share_out
+from serve_app.client.served import ServedGraph, wait_answer
 from serve_app.errors import DecoderUnavailable, EngineUnavailable, RoutesLost
-from serve_app.served import ServedGraph, wait_answer
 from serve_app.types import BatchSpec, PackedExperts, RoutedSequence
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from serve_app.errors import (
     StoreUnavailable,
     WeightsMismatch,
 )
+from serve_app.store.access.calls import line
+from serve_app.store.access.client import ShardStore, connect
 from serve_app.store.base import RecordStore
-from serve_app.store.calls import line
-from serve_app.store.client import ShardStore, connect
-from serve_app.store.memory import shared
+from serve_app.store.owner.memory import shared
 from serve_app.types import GenerateChunk, GenerateRequest, UpdateMode, WeightsResult
-from serve_app.weights import open_holder, pack
+from serve_app.weights.holder import open_holder, pack
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentBroadcastResponse, DeploymentResponse

@@ -9,9 +9,9 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import StoreArgs
 from serve_app.deployments.store import ExpertStore
+from serve_app.store.access.client import connect
 from serve_app.store.base import RecordStore
-from serve_app.store.client import connect
-from serve_app.store.memory import shared
+from serve_app.store.owner.memory import shared
 
 LOCAL_APP = "local"
 

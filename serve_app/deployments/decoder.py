@@ -26,8 +26,8 @@ from serve_app.deployments.underway import Underway
 from serve_app.errors import R3Error, without_frames
 from serve_app.materialize import materialize
 from serve_app.store.base import RecordStore
-from serve_app.store.directory import this_node
-from serve_app.store.shard import default_budget
+from serve_app.store.owner.directory import this_node
+from serve_app.store.owner.shard import default_budget
 from serve_app.types import BatchSpec, MissingRows, PackedExperts, RoutedSequence
 
 _KEPT_BYTES = 256 << 20
@@ -57,7 +57,7 @@ class ExpertDecoder:
         """Do as `serve_app.materialize.materialize`; answer by reference where there is Ray.
 
         By value, 100 MB would be written and read again on the way (131 ms instead of 80).
-        ``near`` is for `serve_app.deployments.placement`: the node that holds the bytes.
+        ``near`` is for `serve_app.deployments.routing.placement`: the node that holds the bytes.
         """
         if self._store is None:
             self._store = await connect_store(self._store_args, self._supervisor)

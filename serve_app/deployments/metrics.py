@@ -5,8 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from serve_app.errors import R3Error
-from serve_app.event_log import log_event
-from serve_app.instruments import Instrument, Instruments, after_answering
+from serve_app.observe.event_log import log_event
+from serve_app.observe.instruments import Instrument, Instruments, after_answering
 from serve_app.store.keys import shorten
 from serve_app.types import GenerateResult, MissingRows, WeightsResult
 

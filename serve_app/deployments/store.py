@@ -10,17 +10,17 @@ from ray.serve.exceptions import RayServeException
 from serve_app.config import StoreArgs
 from serve_app.deployments.metrics import StoreMetrics
 from serve_app.errors import StoreUnavailable
+from serve_app.store.access.client import connect
+from serve_app.store.access.compat import open_compat
 from serve_app.store.base import RecordStore
-from serve_app.store.client import connect
-from serve_app.store.compat import open_compat
-from serve_app.store.directory import (
+from serve_app.store.owner.directory import (
     COMPAT_NAMESPACES,
     find_compat,
     find_shard,
     list_shards,
     open_directory,
 )
-from serve_app.store.memory import shared
+from serve_app.store.owner.memory import shared
 from serve_app.types import StoreStats
 
 

@@ -1,14 +1,17 @@
 """What every inference engine does, so that the deployment and its tests know only this."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from serve_app.records import Record
+from serve_app.records import Ids, Record
 from serve_app.types import FinishReason, GenerateRequest, SleepLevel, UpdateMode
 
 if TYPE_CHECKING:
     import torch
+
+TakeRows = Callable[[str], Awaitable[Ids]]
+"""Takes over rows that an engine put into the store by itself; their key ends."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from serve_app.ingress import chat, completions, control, generate, routed_experts, weights
-from serve_app.ingress.edge import PATHS, Ingress
-from serve_app.ingress.errors import handle_errors
-from serve_app.ingress.gate import Gate
+from serve_app.ingress.dialects import chat, completions, generate
+from serve_app.ingress.edge.edge import PATHS, Ingress
+from serve_app.ingress.guard.errors import handle_errors
+from serve_app.ingress.guard.gate import Gate
 from serve_app.ingress.openapi import describe
+from serve_app.ingress.operations import control, routed_experts, weights
 
 _ROUTERS = (control, generate, chat, completions, weights, routed_experts)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve_app.ingress.auth import RIGHTS
+from serve_app.ingress.guard.auth import RIGHTS
 
 
 def describe(app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ProxyArgs, proxy_args
-from serve_app.ingress.errors import failure
+from serve_app.ingress.guard.errors import failure
 
 _GONE: Message = {"type": "http.disconnect"}
 

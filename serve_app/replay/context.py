@@ -17,7 +17,7 @@ from torch import nn
 
 from serve_app.engines.moe import MoeBlock, MoeShape, decoder_of, find_moe_blocks, shape_of
 from serve_app.errors import EngineError, ReplayError
-from serve_app.forcing import ForcedTopK, Routes
+from serve_app.replay.forcing import ForcedTopK, Routes
 from serve_app.types import ExpertBatch
 
 UNREPLAYABLE = {

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import ray
 from ray.actor import ActorHandle
 
-from serve_app.store.directory import NAMESPACE
+from serve_app.store.owner.directory import NAMESPACE
 
 if TYPE_CHECKING:
     import torch

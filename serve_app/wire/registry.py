@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from serve_app.errors import RecordError
 from serve_app.records import Record
-from serve_app.wire import (
+from serve_app.wire.formats import (
     array,
     lmdeploy,
     nemo_rl,
@@ -20,9 +20,9 @@ from serve_app.wire import (
     vllm,
     xtuner,
 )
-from serve_app.wire.expected import Expected
-from serve_app.wire.keyed import is_key
-from serve_app.wire.refusal import shown
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.keyed import is_key
+from serve_app.wire.payloads.refusal import shown
 
 Payload = str | bytes | bytearray | memoryview | list[Any] | Mapping[str, Any] | npt.NDArray[Any]
 """What answers carry: texts, bytes, nested lists ``[rows][layers][top_k]``, objects, arrays."""

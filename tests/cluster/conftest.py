@@ -16,8 +16,8 @@ from ray.cluster_utils import Cluster
 from graphs.rollout import build
 from serve_app import RoutedExpertsClient
 from serve_app.config import RolloutArgs, StoreArgs
-from serve_app.store.client import ShardStore, connect
-from serve_app.store.directory import open_directory, remove_actors
+from serve_app.store.access.client import ShardStore, connect
+from serve_app.store.owner.directory import open_directory, remove_actors
 from tests.store_contract import MakeStore
 
 APP = "rollout"

@@ -27,8 +27,8 @@ from ray._private.internal_api import memory_summary
 from ray.cluster_utils import Cluster
 
 from serve_app.config import StoreArgs
-from serve_app.store.client import ShardStore, connect
-from serve_app.store.directory import open_directory
+from serve_app.store.access.client import ShardStore, connect
+from serve_app.store.owner.directory import open_directory
 from tests.cluster.test_shard_store import EngineLike, start
 from tests.store_contract import LARGE, read, record
 

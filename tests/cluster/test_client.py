@@ -21,6 +21,7 @@ from serve_app import (
     RoutedExpertsClient,
     RoutedSequence,
 )
+from serve_app.client.served import DECODER, ENGINE
 from serve_app.errors import (
     EngineUnavailable,
     InvalidRequest,
@@ -29,7 +30,6 @@ from serve_app.errors import (
     UnknownKey,
     WeightsMismatch,
 )
-from serve_app.served import DECODER, ENGINE
 from tests.cluster.conftest import APP, HTTP_PORT
 from tests.store_contract import LARGE, MakeStore, record
 

@@ -24,9 +24,9 @@ from serve_app import RoutedExpertsClient, RoutedSequence
 from serve_app.config import StoreArgs, StoreGraphArgs
 from serve_app.errors import RecordError, StoreUnavailable
 from serve_app.materialize import materialize
-from serve_app.store.client import ShardStore
-from serve_app.store.compat import open_compat
-from serve_app.store.directory import find_compat
+from serve_app.store.access.client import ShardStore
+from serve_app.store.access.compat import open_compat
+from serve_app.store.owner.directory import find_compat
 from tests.cluster.test_cli import output
 from tests.cluster.test_shard_store import pid_of
 from tests.store_contract import LARGE, SMALL, MakeStore, expire, read, record

@@ -11,13 +11,13 @@ from ray import serve
 from transformers import AutoModelForCausalLM
 
 from serve_app import GenerateRequest, GenerateResult, RoutedExpertsClient, RoutedSequence
+from serve_app.client.served import ENGINE, STORE, ServedGraph
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.rollout.engine import InferenceEngine
 from serve_app.deployments.store import ExpertStore
 from serve_app.errors import EngineAsleep
-from serve_app.served import ENGINE, STORE, ServedGraph
-from serve_app.store.directory import remove_actors
 from serve_app.store.keys import parse
+from serve_app.store.owner.directory import remove_actors
 
 APP = "replicas"
 

@@ -17,8 +17,8 @@ import pytest
 import ray
 
 from serve_app.errors import KeyExpired, RoutesLost, StoreUnavailable
-from serve_app.store.client import ShardStore
-from serve_app.store.directory import find_shard, list_shards, this_node
+from serve_app.store.access.client import ShardStore
+from serve_app.store.owner.directory import find_shard, list_shards, this_node
 from tests.cluster.test_shard_store import EngineLike, pid_of, start
 from tests.store_contract import LARGE, SMALL, MakeStore, expire, read, record
 
@@ -107,7 +107,7 @@ class Aborted:
     """An engine whose every rollout is aborted: it puts partial records that nobody reads."""
 
     def __init__(self, app: str) -> None:
-        from serve_app.store.client import connect
+        from serve_app.store.access.client import connect
 
         self._store: ShardStore = connect(app, ray.get_runtime_context().current_actor)
 

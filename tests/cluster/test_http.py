@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from graphs.rollout import build
 from serve_app import RoutedExpertsClient
+from serve_app.client.over_http import RoutesFetcher
+from serve_app.client.served import ServedGraph
 from serve_app.config import RolloutArgs
-from serve_app.fetching import RoutesFetcher
-from serve_app.served import ServedGraph
-from serve_app.weights import newest_weights
-from serve_app.wire.ours import from_bytes
+from serve_app.weights.holder import newest_weights
+from serve_app.wire.formats.ours import from_bytes
 from tests.cluster.conftest import HTTP_PORT, ROLLOUT_YAML
 from tests.cluster.test_cli import free_ports
 from tests.xtuner_client import Rollout, XtunerWorker, sample_params

@@ -21,8 +21,8 @@ from serve_app import AsyncRoutedExpertsClient, RankSlice, RoutedExpertsClient, 
 from serve_app.config import StoreGraphArgs
 from serve_app.errors import KeyReleased, RoutesGap
 from serve_app.records import make_record
-from serve_app.store.client import connect
-from serve_app.store.metrics import LATENCY
+from serve_app.store.access.client import connect
+from serve_app.store.owner.metrics import LATENCY
 from serve_app.types import Where
 from tests.cluster.test_shard_store import EngineLike, start
 from tests.store_contract import LARGE, MakeStore, record

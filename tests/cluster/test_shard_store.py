@@ -19,9 +19,12 @@ from typer.testing import CliRunner
 from serve_app.cli import main
 from serve_app.config import StoreArgs
 from serve_app.errors import RoutesLost, StoreError, StoreUnavailable
-from serve_app.store.answers import unpack_described
-from serve_app.store.client import ShardStore, connect
-from serve_app.store.directory import (
+from serve_app.store.access.client import ShardStore, connect
+from serve_app.store.access.reads import ShardReader
+from serve_app.store.door import Door
+from serve_app.store.keys import Key
+from serve_app.store.owner.answers import unpack_described
+from serve_app.store.owner.directory import (
     NAMESPACE,
     PROTOCOL,
     Directory,
@@ -33,10 +36,7 @@ from serve_app.store.directory import (
     shard_name,
     this_node,
 )
-from serve_app.store.door import Door
-from serve_app.store.keys import Key
-from serve_app.store.metrics import GAUGES, LATENCY, metric_name
-from serve_app.store.reads import ShardReader
+from serve_app.store.owner.metrics import GAUGES, LATENCY, metric_name
 from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, record
 
 

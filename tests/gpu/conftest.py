@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from examples.tiny_moe import write_checkpoint
+from serve_app.deployments.rollout.loading import load_engine
 from serve_app.engines.base import Engine
-from serve_app.engines.loading import load_engine
+from tests.engine_contract import engine_maker
 from tests.lmdeploy_engines import plain, small_args
-from tests.unit.engine_contract import engine_maker
 
 __all__ = ["make_engine", "plain"]
 

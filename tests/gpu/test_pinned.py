@@ -9,7 +9,7 @@ import torch
 from serve_app.config import StoreArgs
 from serve_app.materialize import materialize
 from serve_app.records import make_record
-from serve_app.store.memory import MemoryStore
+from serve_app.store.owner.memory import MemoryStore
 from serve_app.tensors import pinned, tensor_over
 from serve_app.types import BatchSpec, RoutedSequence
 

@@ -9,8 +9,8 @@ from ray import serve
 from examples.recipes.samples import Model, Sample, put_samples
 from graphs.store import build
 from serve_app import RankSlice, RoutedExpertsClient, RoutedSequence
+from serve_app.client.served import Handles
 from serve_app.config import StoreGraphArgs
-from serve_app.served import Handles
 
 MOST = 1 << 20
 

@@ -18,7 +18,7 @@ from serve_app.errors import (
     RecordError,
     UnknownKey,
 )
-from serve_app.store.memory import shared
+from serve_app.store.owner.memory import shared
 from tests.graph.test_rollout_graph import request, serve_locally
 
 PROMPT = [5, 6, 7, 8]

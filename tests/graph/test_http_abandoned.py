@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from serve_app import GenerateRequest
-from serve_app.deployments.unread import Unread
-from serve_app.ingress.abandonment import Client, ClientGone
-from serve_app.ingress.edge import Ingress
+from serve_app.deployments.rollout.unread import Unread
+from serve_app.ingress.edge.abandonment import Client, ClientGone
+from serve_app.ingress.edge.edge import Ingress
 from tests.graph.conftest import MODEL
 from tests.http_server import LocalGraph, listening
 

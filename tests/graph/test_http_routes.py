@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from serve_app import RoutedSequence
 from serve_app.cli import main
+from serve_app.client.over_http import RoutesFetcher
 from serve_app.errors import KeyReleased, StoreError, UnknownKey
-from serve_app.fetching import RoutesFetcher
-from serve_app.wire.ours import from_bytes
+from serve_app.wire.formats.ours import from_bytes
 from tests.http_server import LocalGraph, client_of, listening
 
 OURS, NPY = "application/vnd.r3serve.record", "application/x-npy"

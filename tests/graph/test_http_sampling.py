@@ -107,7 +107,7 @@ def test_a_chat_goes_through_the_models_template(http: httpx.Client, tiny_checkp
 
 
 def test_tools_and_template_options_reach_the_template(tmp_path: Path, graph: LocalGraph) -> None:
-    from serve_app.ingress.prompts import Prompts
+    from serve_app.ingress.edge.prompts import Prompts
 
     tokenizer = AutoTokenizer.from_pretrained(graph.edge().engine_args.model)
     tokenizer.chat_template = (

@@ -12,12 +12,12 @@ os.environ["LMDEPLOY_SKIP_WARMUP"] = "1"
 
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs
+from serve_app.deployments.rollout.loading import load_engine
 from serve_app.engines.base import Engine
-from serve_app.engines.loading import load_engine
 from serve_app.types import GenerateRequest
+from tests.engine_contract import Sampled, engine_maker, mixed_requests, request, sample
 from tests.lmdeploy_engines import plain, small_args
-from tests.unit.engine_contract import Sampled, engine_maker, mixed_requests, request, sample
-from tests.unit.test_transformers_engine import PlainModel
+from tests.unit.engines.transformers.test_transformers_engine import PlainModel
 
 __all__ = ["make_engine", "plain"]
 

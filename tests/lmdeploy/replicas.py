@@ -6,11 +6,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.client.served import ENGINE, STORE
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.affinity import by_session
-from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.rollout.engine import InferenceEngine
+from serve_app.deployments.routing.affinity import by_session
 from serve_app.deployments.store import ExpertStore
-from serve_app.served import ENGINE, STORE
 
 
 class CpuEngine(InferenceEngine):

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from serve_app.engines.base import Engine
-from serve_app.engines.lmdeploy import LmdeployEngine
+from serve_app.engines.lmdeploy.engine import LmdeployEngine
 from serve_app.errors import EngineUnavailable
 from serve_app.records import Ids
-from tests.lmdeploy.conftest import Parity, load
-from tests.unit.engine_contract import (
+from tests.engine_contract import (
     PROMPT,
     MakeEngine,
     agreement,
@@ -25,7 +24,8 @@ from tests.unit.engine_contract import (
     sample_group,
     submitted,
 )
-from tests.unit.test_transformers_engine import PlainModel
+from tests.lmdeploy.conftest import Parity, load
+from tests.unit.engines.transformers.test_transformers_engine import PlainModel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -13,12 +13,12 @@ from ray import __version__ as ray_version
 
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, ServeOptions, StoreArgs
-from serve_app.deployments.shared_store import puts_itself, wait_for_shared_store
+from serve_app.deployments.rollout.shared_store import puts_itself, wait_for_shared_store
 from serve_app.engines.base import ModelInfo
-from serve_app.engines.lmdeploy_model import read_model
-from serve_app.engines.lmdeploy_options import check_machine, engine_config, split_options
-from serve_app.engines.lmdeploy_probe import check_routes
-from serve_app.engines.lmdeploy_sampling import LogitRules, generation_config
+from serve_app.engines.lmdeploy.model import read_model
+from serve_app.engines.lmdeploy.options import check_machine, engine_config, split_options
+from serve_app.engines.lmdeploy.probe import check_routes
+from serve_app.engines.lmdeploy.sampling import LogitRules, generation_config
 from serve_app.errors import EngineUnavailable
 from serve_app.records import make_record
 from serve_app.types import GenerateRequest
@@ -205,7 +205,7 @@ def test_penalties_know_prompt_output_and_padding() -> None:
 def test_rows_that_were_sampled_from_win_over_computed_ones() -> None:
     from lmdeploy.pytorch.messages import MessageStatus, SamplingParam
 
-    from serve_app.engines.lmdeploy_sequence import KeepingSequence
+    from serve_app.engines.lmdeploy.sequence import KeepingSequence
 
     session: Any = SimpleNamespace(seq_meta=SimpleNamespace(block_size=16, use_mrope=False))
     sequence = KeepingSequence(

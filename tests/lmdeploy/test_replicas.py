@@ -14,17 +14,17 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from serve_app import RoutedExpertsClient
+from serve_app.client.served import ENGINE, ServedGraph
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.affinity import home_of, session_of
 from serve_app.deployments.gpus import check_gpus
+from serve_app.deployments.routing.affinity import home_of, session_of
 from serve_app.errors import EngineUnavailable
 from serve_app.records import Record, hash_tokens
-from serve_app.served import ENGINE, ServedGraph
-from serve_app.store.directory import remove_actors
+from serve_app.store.owner.directory import remove_actors
 from serve_app.types import GenerateRequest, GenerateResult
+from tests.engine_contract import first_new_token, mixed_requests
 from tests.lmdeploy.conftest import SMALL
 from tests.lmdeploy.replicas import build
-from tests.unit.engine_contract import first_new_token, mixed_requests
 
 ROOT = str(Path(__file__).parents[2])
 

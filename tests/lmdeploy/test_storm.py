@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.lmdeploy import STORMY
+from benchmarks.harness.lmdeploy_engine import STORMY
 from benchmarks.storm import storm
 
 

@@ -8,7 +8,7 @@ from serve_app.config import StoreArgs
 from serve_app.continuing import continued, covered
 from serve_app.errors import KeyReleased, RecordError
 from serve_app.records import Record, make_record
-from serve_app.store.memory import MemoryStore
+from serve_app.store.owner.memory import MemoryStore
 
 
 class Elsewhere(MemoryStore):

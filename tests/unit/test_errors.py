@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serve_app.errors import KeyReleased, RoutesLost, UnknownKey, without_frames
-from serve_app.store.routing import KeyRouter
+from serve_app.store.access.routing import KeyRouter
 
 
 class Bytes:

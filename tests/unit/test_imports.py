@@ -23,7 +23,7 @@ def loaded(statement: str) -> set[str]:
         ),
         ("from serve_app import RoutedExpertsClient", {"fastapi", "transformers", "lmdeploy"}),
         ("import serve_app.replay", {"ray", "fastapi"}),
-        ("import serve_app.engines.loading", {"torch", "transformers", "lmdeploy"}),
+        ("import serve_app.deployments.rollout.loading", {"torch", "transformers", "lmdeploy"}),
     ],
 )
 def test_heavy_libraries_load_where_they_are_used(statement: str, absent: set[str]) -> None:

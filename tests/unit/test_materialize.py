@@ -12,7 +12,7 @@ from serve_app.errors import KeyReleased, RecordError, RoutesGap, RoutesLost, Un
 from serve_app.materialize import materialize
 from serve_app.records import make_record
 from serve_app.store.keys import Key
-from serve_app.store.memory import MemoryStore
+from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import BatchSpec, OutputDtype, RankSlice, RoutedSequence
 
 

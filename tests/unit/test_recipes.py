@@ -8,7 +8,7 @@ import pytest
 from examples.recipes import fsdp, megatron, slime, xtuner
 from examples.recipes.samples import put_samples
 from serve_app.client import RoutedExpertsClient
-from serve_app.served import Handles
+from serve_app.client.served import Handles
 
 
 @pytest.fixture

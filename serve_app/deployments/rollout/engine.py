@@ -10,18 +10,18 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.answer import Answer
 from serve_app.deployments.context import application, connect_store, replica_id
-from serve_app.deployments.handing_out import HandingOut
 from serve_app.deployments.metrics import EngineMetrics
-from serve_app.deployments.routes import Earlier, RouteKeys
-from serve_app.deployments.shared_store import puts_itself, wait_for_shared_store
-from serve_app.deployments.sleeping import SleepingParts
+from serve_app.deployments.rollout.answer import Answer
+from serve_app.deployments.rollout.handing_out import HandingOut
+from serve_app.deployments.rollout.loading import load_engine
+from serve_app.deployments.rollout.routes import Earlier, RouteKeys
+from serve_app.deployments.rollout.shared_store import puts_itself, wait_for_shared_store
+from serve_app.deployments.rollout.sleeping import SleepingParts
+from serve_app.deployments.rollout.unread import Unread
+from serve_app.deployments.rollout.weights_inbox import PartialUpdates
 from serve_app.deployments.store import ExpertStore
-from serve_app.deployments.unread import Unread
-from serve_app.deployments.weights_inbox import PartialUpdates
 from serve_app.engines.base import Engine, ModelInfo, Proving
-from serve_app.engines.loading import load_engine
 from serve_app.errors import InvalidRequest
 from serve_app.store.base import RecordStore
 from serve_app.types import (
@@ -32,8 +32,8 @@ from serve_app.types import (
     UpdateMode,
     WeightsResult,
 )
-from serve_app.weights import Newest, Published, newest_weights, unpack
-from serve_app.weights_parts import BroadcastPart, GroupSpec, PickledPart
+from serve_app.weights.holder import Newest, Published, newest_weights, unpack
+from serve_app.weights.parts import BroadcastPart, GroupSpec, PickledPart
 
 if TYPE_CHECKING:
     import torch

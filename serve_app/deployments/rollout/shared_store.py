@@ -6,7 +6,7 @@ import ray
 from ray.exceptions import RayError
 
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.store.directory import COMPAT_NAME, compat_owner
+from serve_app.store.owner.directory import COMPAT_NAME, compat_owner
 
 NAMESPACE = "lmdeploy"
 _PAUSE_S = 0.2

@@ -8,8 +8,8 @@ import ray
 
 from serve_app.deployments.context import application, replica_id
 from serve_app.types import WeightsResult
-from serve_app.weights import open_holder, pack
-from serve_app.weights_parts import BroadcastPart, GroupSpec, PickledPart, WeightsInbox
+from serve_app.weights.holder import open_holder, pack
+from serve_app.weights.parts import BroadcastPart, GroupSpec, PickledPart, WeightsInbox
 
 if TYPE_CHECKING:
     import torch

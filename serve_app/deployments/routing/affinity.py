@@ -10,7 +10,8 @@ from ray.serve.request_router import (  # type: ignore[attr-defined]  # Ray name
 )
 
 from serve_app.config import EngineArgs
-from serve_app.deployments.patient_router import PatientRouter
+from serve_app.deployments.routing.patient_router import PatientRouter
+from serve_app.sessions import is_session
 from serve_app.types import GenerateRequest
 
 
@@ -26,7 +27,7 @@ def session_of(args: Sequence[object]) -> str | None:
     request = next((one for one in args if isinstance(one, GenerateRequest)), None)
     if request is None:
         return None
-    named = request.request_id if request.request_id.startswith("session-") else None
+    named = request.request_id if is_session(request.request_id) else None
     return request.session or named
 
 

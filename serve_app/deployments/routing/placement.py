@@ -13,7 +13,7 @@ from ray.serve.request_router import (  # type: ignore[attr-defined]  # Ray name
 )
 
 from serve_app.config import DecoderArgs
-from serve_app.deployments.patient_router import PatientRouter
+from serve_app.deployments.routing.patient_router import PatientRouter
 
 
 def near_bytes(args: DecoderArgs) -> RequestRouterConfig:

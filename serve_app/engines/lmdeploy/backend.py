@@ -21,7 +21,7 @@ from lmdeploy.pytorch import envs
 from lmdeploy.pytorch.engine import Engine
 from lmdeploy.utils import get_logger
 
-from serve_app.engines.lmdeploy_sequence import keep_rows
+from serve_app.engines.lmdeploy.sequence import keep_rows
 from serve_app.errors import EngineUnavailable
 
 _STEP_S = 0.01
@@ -47,7 +47,7 @@ class Backend:
     def __init__(self, model: str, config: PytorchEngineConfig) -> None:
         self._workers = config.distributed_executor_backend == "ray"
         if self._workers:
-            from serve_app.engines.lmdeploy_workers import borrow_ray
+            from serve_app.engines.lmdeploy.workers import borrow_ray
 
             borrow_ray()
         envs.enable_check_env = False  # it starts a process for what the probe request proves
@@ -144,7 +144,7 @@ class Backend:
     def load(self, buckets: Iterable[list[tuple[str, Any]]]) -> None:
         """Load weights in the checkpoint's names; nothing may run. Blocks."""
         if self._workers:
-            from serve_app.engines.lmdeploy_workers import update_requests
+            from serve_app.engines.lmdeploy.workers import update_requests
 
             for request in update_requests(iter(buckets)):
                 self.engine.update_params(request)

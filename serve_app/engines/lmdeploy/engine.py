@@ -17,14 +17,14 @@ from lmdeploy import PytorchEngineConfig
 
 from serve_app.config import EngineArgs
 from serve_app.engines.answering import AnsweringEngine
-from serve_app.engines.lmdeploy_backend import Backend
-from serve_app.engines.lmdeploy_model import ServedModel
-from serve_app.engines.lmdeploy_options import LmdeployOptions
-from serve_app.engines.lmdeploy_probe import probe
-from serve_app.engines.lmdeploy_rollout import Rollout
-from serve_app.engines.lmdeploy_slots import Limits, Slots
-from serve_app.engines.lmdeploy_weights import ModelWeights
-from serve_app.engines.loading import TakeRows
+from serve_app.engines.base import TakeRows
+from serve_app.engines.lmdeploy.backend import Backend
+from serve_app.engines.lmdeploy.model import ServedModel
+from serve_app.engines.lmdeploy.options import LmdeployOptions
+from serve_app.engines.lmdeploy.probe import probe
+from serve_app.engines.lmdeploy.rollout import Rollout
+from serve_app.engines.lmdeploy.slots import Limits, Slots
+from serve_app.engines.lmdeploy.weights import ModelWeights
 from serve_app.engines.stream import ChunkStream
 from serve_app.errors import EngineAsleep, EngineUnavailable, StoreUnavailable
 from serve_app.types import GenerateRequest, SleepLevel, UpdateMode

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.engines.base import ModelInfo
-from serve_app.engines.lmdeploy_sampling import generation_config
+from serve_app.engines.lmdeploy.sampling import generation_config
 from serve_app.errors import EngineUnavailable
 from serve_app.types import GenerateRequest
 
 if TYPE_CHECKING:
-    from serve_app.engines.lmdeploy_backend import Backend
+    from serve_app.engines.lmdeploy.backend import Backend
 
 PROMPT_TOKENS = 3
 NEW_TOKENS = 2

@@ -16,9 +16,9 @@ from typing import Any
 from lmdeploy.messages import ResponseType
 
 from serve_app.engines.base import ModelInfo
-from serve_app.engines.lmdeploy_backend import Backend
-from serve_app.engines.lmdeploy_rollout import Rollout
-from serve_app.engines.lmdeploy_sampling import generation_config
+from serve_app.engines.lmdeploy.backend import Backend
+from serve_app.engines.lmdeploy.rollout import Rollout
+from serve_app.engines.lmdeploy.sampling import generation_config
 from serve_app.errors import EngineOverloaded, InvalidRequest, R3Error
 from serve_app.records import Record
 from serve_app.types import FinishReason

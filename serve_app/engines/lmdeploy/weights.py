@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from serve_app.engines.weights import WeightSpec
+from serve_app.engines.weight_spec import WeightSpec
 from serve_app.errors import WeightsMismatch
 
 State = Mapping[str, torch.Tensor]

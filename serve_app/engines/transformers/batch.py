@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from serve_app.engines.base import EngineChunk
-from serve_app.engines.rollout import Rollout
-from serve_app.engines.runner import ModelRunner, Prompt
-from serve_app.engines.sampling import sample
+from serve_app.engines.transformers.rollout import Rollout
+from serve_app.engines.transformers.runner import ModelRunner, Prompt
+from serve_app.engines.transformers.sampling import sample
 from serve_app.errors import EngineUnavailable
 from serve_app.types import FinishReason
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from serve_app.config import EngineArgs
 from serve_app.engines.answering import AnsweringEngine
-from serve_app.engines.checkpoint import load_checkpoint, load_model
-from serve_app.engines.expert_rows import ExpertRows
-from serve_app.engines.recording import ExpertRecorder
-from serve_app.engines.rollout import Rollout, StopRules
-from serve_app.engines.runner import ModelRunner
-from serve_app.engines.steps import StepThread
 from serve_app.engines.stream import ChunkStream
-from serve_app.engines.weights import WeightSpec
+from serve_app.engines.transformers.checkpoint import load_checkpoint, load_model
+from serve_app.engines.transformers.expert_rows import ExpertRows
+from serve_app.engines.transformers.recording import ExpertRecorder
+from serve_app.engines.transformers.rollout import Rollout, StopRules
+from serve_app.engines.transformers.runner import ModelRunner
+from serve_app.engines.transformers.steps import StepThread
+from serve_app.engines.weight_spec import WeightSpec
 from serve_app.errors import EngineUnavailable
 from serve_app.types import GenerateRequest, SleepLevel, UpdateMode
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serve_app.engines.recording import Captured, convert
+from serve_app.engines.transformers.recording import Captured, convert
 from serve_app.records import Ids, narrowest_dtype
 
 PENDING = 64  # rows converted at once

@@ -6,11 +6,11 @@ from math import isnan
 
 from serve_app.engines.base import EngineChunk
 from serve_app.engines.detokenizer import Decode, Detokenizer
-from serve_app.engines.expert_rows import ExpertRows
-from serve_app.engines.penalties import LogitRules, Penalties
-from serve_app.engines.sampling import Sampler, Sampling
 from serve_app.engines.stop_strings import StopStrings
 from serve_app.engines.stream import ChunkStream
+from serve_app.engines.transformers.expert_rows import ExpertRows
+from serve_app.engines.transformers.penalties import LogitRules, Penalties
+from serve_app.engines.transformers.sampling import Sampler, Sampling
 from serve_app.records import Record, make_record
 from serve_app.types import FinishReason, GenerateRequest
 

@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from serve_app.engines.masks import DecodeMask, Mask
 from serve_app.engines.moe import family_of
-from serve_app.engines.recording import Captured, ExpertRecorder
-from serve_app.engines.slots import SlotCache
-from serve_app.engines.weights import ParkedWeights, load_weights
+from serve_app.engines.transformers.masks import DecodeMask, Mask
+from serve_app.engines.transformers.recording import Captured, ExpertRecorder
+from serve_app.engines.transformers.slots import SlotCache
+from serve_app.engines.transformers.weights import ParkedWeights, load_weights
 
 # In a pass of several tokens their layers start from nothing, so a prompt is never cut.
 WHOLE_PROMPTS = frozenset({"jamba"})

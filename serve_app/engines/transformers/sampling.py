@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from serve_app.engines.penalties import Penalties
+from serve_app.engines.transformers.penalties import Penalties
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from serve_app.engines.states import StateLayer
+from serve_app.engines.transformers.states import StateLayer
 
 FIRST_COLUMNS = 256
 

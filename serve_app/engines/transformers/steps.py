@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 
 from serve_app.engines.base import EngineChunk
-from serve_app.engines.batch import Batch, State, WeightUpdate
-from serve_app.engines.rollout import Rollout
-from serve_app.engines.runner import ModelRunner
 from serve_app.engines.stream import Outbox
+from serve_app.engines.transformers.batch import Batch, State, WeightUpdate
+from serve_app.engines.transformers.rollout import Rollout
+from serve_app.engines.transformers.runner import ModelRunner
 from serve_app.errors import EngineAsleep, EngineOverloaded, EngineUnavailable, InvalidRequest
 from serve_app.types import UpdateMode
 

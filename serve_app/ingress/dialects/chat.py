@@ -8,17 +8,17 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from serve_app.errors import InvalidRequest
-from serve_app.ingress.abandonment import Answer, Pieces
-from serve_app.ingress.choices import Choices
-from serve_app.ingress.edge import Ingress
-from serve_app.ingress.errors import sampling
-from serve_app.ingress.events import Json, ended, event
-from serve_app.ingress.generate import pairs, text_of
-from serve_app.ingress.openai import Envelope, OpenAIBody, UsageBody, without_nulls
-from serve_app.ingress.prompts import Prompts
-from serve_app.ingress.replica import Edge
-from serve_app.ingress.sampling import TokenIds
-from serve_app.ingress.text import AsSampled
+from serve_app.ingress.dialects.choices import Choices
+from serve_app.ingress.dialects.events import Json, ended, event
+from serve_app.ingress.dialects.generate import pairs, text_of
+from serve_app.ingress.dialects.openai import Envelope, OpenAIBody, UsageBody, without_nulls
+from serve_app.ingress.dialects.sampling import TokenIds
+from serve_app.ingress.dialects.text import AsSampled
+from serve_app.ingress.edge.abandonment import Answer, Pieces
+from serve_app.ingress.edge.edge import Ingress
+from serve_app.ingress.edge.prompts import Prompts
+from serve_app.ingress.edge.replica import Edge
+from serve_app.ingress.guard.errors import sampling
 from serve_app.types import GenerateChunk, GenerateRequest, GenerateResult
 
 router = APIRouter()

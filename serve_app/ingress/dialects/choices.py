@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from serve_app.ingress.edge import EngineCalls, gathered
-from serve_app.ingress.generate import check_finished
+from serve_app.ingress.dialects.generate import check_finished
+from serve_app.ingress.edge.edge import EngineCalls, gathered
 from serve_app.types import GenerateChunk, GenerateRequest, GenerateResult
 
 _AHEAD = 64  # chunks that wait for a slow reader

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import R3Error
-from serve_app.ingress.abandonment import Pieces
-from serve_app.ingress.errors import body_of
+from serve_app.ingress.edge.abandonment import Pieces
+from serve_app.ingress.guard.errors import body_of
 
 DONE = b"data: [DONE]\n\n"
 _ROWS_AT_ONCE = 64

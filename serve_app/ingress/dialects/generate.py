@@ -8,13 +8,13 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from serve_app.errors import EngineError, InvalidRequest
-from serve_app.ingress.abandonment import Answer, Pieces
-from serve_app.ingress.edge import EngineCalls, Ingress
-from serve_app.ingress.errors import sampling
-from serve_app.ingress.events import Json, ended
-from serve_app.ingress.replica import Edge
-from serve_app.ingress.sampling import SamplingBody, TokenIds
-from serve_app.ingress.text import AsSampled, WithSpecialTokens
+from serve_app.ingress.dialects.events import Json, ended
+from serve_app.ingress.dialects.sampling import SamplingBody, TokenIds
+from serve_app.ingress.dialects.text import AsSampled, WithSpecialTokens
+from serve_app.ingress.edge.abandonment import Answer, Pieces
+from serve_app.ingress.edge.edge import EngineCalls, Ingress
+from serve_app.ingress.edge.replica import Edge
+from serve_app.ingress.guard.errors import sampling
 from serve_app.types import GenerateRequest, GenerateResult
 
 router = APIRouter()

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from serve_app.errors import InvalidRequest
-from serve_app.ingress.edge import Ingress
-from serve_app.ingress.errors import UnknownModel
-from serve_app.ingress.sampling import MAX_CHOICES, SamplingBody
+from serve_app.ingress.dialects.sampling import MAX_CHOICES, SamplingBody
+from serve_app.ingress.edge.edge import Ingress
+from serve_app.ingress.guard.errors import UnknownModel
 from serve_app.types import GenerateRequest
 
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.errors import InvalidRequest
-from serve_app.ingress.errors import refused
+from serve_app.ingress.guard.errors import refused
+from serve_app.sessions import session_name
 from serve_app.types import GenerateRequest
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
@@ -84,8 +85,3 @@ class SamplingBody(BaseModel):
             )
         except ValidationError as error:
             raise refused(error) from None
-
-
-def session_name(session_id: int | None) -> str:
-    """Return the request id under which a client's session runs, and is aborted."""
-    return f"session-{session_id}"

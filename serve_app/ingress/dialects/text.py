@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from serve_app.engines.detokenizer import Detokenizer
 from serve_app.engines.stop_strings import StopStrings
-from serve_app.ingress.prompts import Prompts
+from serve_app.ingress.edge.prompts import Prompts
 from serve_app.types import GenerateChunk, GenerateResult
 
 

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.client.reading import Reader
+from serve_app.client.served import Handles, ServedGraph, await_answer
 from serve_app.config import EngineArgs, IngressArgs
 from serve_app.deployments.context import application, is_local
 from serve_app.deployments.decoder import ExpertDecoder
-from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.rollout.engine import InferenceEngine
 from serve_app.engines.base import ModelInfo
 from serve_app.errors import (
     EngineAsleep,
@@ -22,10 +24,9 @@ from serve_app.errors import (
     InvalidRequest,
     R3Error,
 )
-from serve_app.ingress.gate import Doorkeeper
-from serve_app.ingress.prompts import Prompts
-from serve_app.reading import Reader
-from serve_app.served import Handles, ServedGraph, await_answer
+from serve_app.ingress.edge.prompts import Prompts
+from serve_app.ingress.guard.gate import Doorkeeper
+from serve_app.sessions import is_session
 from serve_app.store.base import RecordStore
 from serve_app.types import GenerateChunk, GenerateRequest, GenerateResult
 
@@ -193,7 +194,7 @@ class EngineCalls:
         only the call itself is cancelled, which has happened by now.
         """
         for request, members in self._begun.values():
-            if not request.request_id.startswith("session-"):
+            if not is_session(request.request_id):
                 self._control.submit(self._undo, request.request_id, members)
 
     def _undo(self, request_id: str, members: int) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from serve_app.ingress.edge import Ingress
+from serve_app.ingress.edge.edge import Ingress
 
 
 def _edge_of(request: Request) -> Ingress:

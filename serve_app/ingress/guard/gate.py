@@ -15,11 +15,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import IngressArgs
-from serve_app.ingress.access_log import AccessLog, Entry
-from serve_app.ingress.auth import KeyRing, Refusal
-from serve_app.ingress.errors import failure
-from serve_app.ingress.limits import Load
-from serve_app.ingress.metrics import IngressMetrics
+from serve_app.ingress.guard.access_log import AccessLog, Entry
+from serve_app.ingress.guard.auth import KeyRing, Refusal
+from serve_app.ingress.guard.errors import failure
+from serve_app.ingress.guard.limits import Load
+from serve_app.ingress.guard.metrics import IngressMetrics
 
 if TYPE_CHECKING:
     from fastapi.responses import Response

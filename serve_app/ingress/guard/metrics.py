@@ -3,8 +3,8 @@
 import time
 from collections.abc import Iterable
 
-from serve_app.ingress.access_log import Entry
-from serve_app.instruments import Instrument, Instruments
+from serve_app.ingress.guard.access_log import Entry
+from serve_app.observe.instruments import Instrument, Instruments
 
 INGRESS = {
     "r3serve_http_requests_total": Instrument(

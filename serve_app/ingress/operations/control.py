@@ -6,12 +6,12 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from serve_app.deployments.sleeping import SleepTag
+from serve_app.deployments.rollout.sleeping import SleepTag
 from serve_app.errors import EngineUnavailable, InvalidRequest
-from serve_app.ingress.edge import ABORT_TIMEOUT_S
-from serve_app.ingress.errors import documented, failure
-from serve_app.ingress.replica import Edge
-from serve_app.ingress.sampling import session_name
+from serve_app.ingress.edge.edge import ABORT_TIMEOUT_S
+from serve_app.ingress.edge.replica import Edge
+from serve_app.ingress.guard.errors import documented, failure
+from serve_app.sessions import session_name
 from serve_app.types import SleepLevel
 
 router = APIRouter()

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from serve_app.ingress.errors import NotAcceptable
+from serve_app.ingress.guard.errors import NotAcceptable
 from serve_app.records import Record
 from serve_app.types import PackedExperts
-from serve_app.wire.ours import to_bytes
+from serve_app.wire.formats.ours import to_bytes
 
 OURS = "application/vnd.r3serve.record"
 NPY = "application/x-npy"

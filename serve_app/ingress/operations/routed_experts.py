@@ -10,9 +10,11 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
 
+from serve_app.client.reading import Reader
 from serve_app.errors import InvalidRequest, R3Error
-from serve_app.ingress.errors import Forbidden, NotAcceptable, documented
-from serve_app.ingress.formats import (
+from serve_app.ingress.edge.replica import Edge
+from serve_app.ingress.guard.errors import Forbidden, NotAcceptable, documented
+from serve_app.ingress.operations.formats import (
     NPY,
     OF_BATCHES,
     OF_RECORDS,
@@ -21,9 +23,7 @@ from serve_app.ingress.formats import (
     encode_batch,
     encode_record,
 )
-from serve_app.ingress.replica import Edge
 from serve_app.materialize import materialize as materialize_keys
-from serve_app.reading import Reader
 from serve_app.records import Record, RecordMeta, part_of
 from serve_app.store.base import RecordStore
 from serve_app.types import (

@@ -6,10 +6,10 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from serve_app.errors import InvalidRequest
-from serve_app.ingress.edge import Ingress
-from serve_app.ingress.errors import Forbidden, documented
-from serve_app.ingress.replica import Edge
-from serve_app.weights_parts import BroadcastPart, GroupSpec, PickledPart
+from serve_app.ingress.edge.edge import Ingress
+from serve_app.ingress.edge.replica import Edge
+from serve_app.ingress.guard.errors import Forbidden, documented
+from serve_app.weights.parts import BroadcastPart, GroupSpec, PickledPart
 
 router = APIRouter()
 _JOIN_SHARE = 0.4  # torch tries twice

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from serve_app.records import Record
-from serve_app.store.client import ShardStore
+from serve_app.store.access.client import ShardStore
 from serve_app.store.snapshot import (
     PAGE_RECORDS,
     Entry,

@@ -22,8 +22,8 @@ from ray.exceptions import (
 
 from serve_app.errors import R3Error, StoreUnavailable, without_frames
 from serve_app.store.base import Meanwhile, Unreadable
-from serve_app.store.directory import find_directory, find_shard
 from serve_app.store.keys import parse
+from serve_app.store.owner.directory import find_directory, find_shard
 
 Actor = ActorHandle[Any]
 GIVE_UP_AFTER_S = 2.0

@@ -12,16 +12,16 @@ from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
 from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store import outbox
-from serve_app.store.answers import unpack_described
+from serve_app.store.access.calls import GONE, Actor, ShardCalls, line, translate
+from serve_app.store.access.own_shard import OwnShard
+from serve_app.store.access.producer import Producer
+from serve_app.store.access.reads import ShardReader
+from serve_app.store.access.routing import KeyRouter
 from serve_app.store.base import Meanwhile, Segments, Unreadable
-from serve_app.store.calls import GONE, Actor, ShardCalls, line, translate
-from serve_app.store.directory import Settings, find_directory, list_shards, this_node
 from serve_app.store.keys import parse
 from serve_app.store.offers import Offer, offer_of, pack
-from serve_app.store.own_shard import OwnShard
-from serve_app.store.producer import Producer
-from serve_app.store.reads import ShardReader
-from serve_app.store.routing import KeyRouter
+from serve_app.store.owner.answers import unpack_described
+from serve_app.store.owner.directory import Settings, find_directory, list_shards, this_node
 from serve_app.store.snapshot import Entry
 from serve_app.types import ShardStats, StoreStats
 

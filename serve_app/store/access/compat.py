@@ -33,11 +33,11 @@ from serve_app.errors import (
     without_frames,
 )
 from serve_app.records import raw_record
+from serve_app.store.access.calls import line
+from serve_app.store.access.client import ShardStore, connect
 from serve_app.store.base import Segments
-from serve_app.store.calls import line
-from serve_app.store.client import ShardStore, connect
-from serve_app.store.directory import COMPAT_NAME, compat_owner, list_shards, this_node
-from serve_app.store.presence import is_served
+from serve_app.store.owner.directory import COMPAT_NAME, compat_owner, list_shards, this_node
+from serve_app.store.owner.presence import is_served
 
 _THREADS = 32
 _READERS = 4
@@ -220,7 +220,7 @@ def _actor_class() -> type:
         """Upstream's three methods, and two of ours."""
 
         def __init__(self, app: str, namespace: str, args: object) -> None:
-            from serve_app.store.compat import CompatStore
+            from serve_app.store.access.compat import CompatStore
 
             self._app = app
             self._store: Any = CompatStore(app, namespace, args)  # type: ignore[arg-type]

@@ -9,9 +9,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from serve_app.errors import StoreUnavailable
-from serve_app.store.calls import Actor, translate
-from serve_app.store.directory import Settings, open_shard, this_node
+from serve_app.store.access.calls import Actor, translate
 from serve_app.store.door import Door, DoorShut
+from serve_app.store.owner.directory import Settings, open_shard, this_node
 
 Call = Callable[[Actor], "ray.ObjectRef[Any]"]
 Known = tuple[Actor, str | None]

@@ -10,13 +10,13 @@ from ray.exceptions import ObjectLostError, RayError
 
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
 from serve_app.records import Ids, Record, RecordMeta
-from serve_app.store.answers import SMALL, Found, ReadAnswer, ids_of, unpack_described
+from serve_app.store.access.calls import ShardCalls, line
+from serve_app.store.access.routing import KeyRouter
 from serve_app.store.base import Meanwhile, Segments, Unreadable
-from serve_app.store.calls import ShardCalls, line
-from serve_app.store.directory import list_shards, this_node
 from serve_app.store.keys import parse
 from serve_app.store.outbox import Batch
-from serve_app.store.routing import KeyRouter
+from serve_app.store.owner.answers import SMALL, Found, ReadAnswer, ids_of, unpack_described
+from serve_app.store.owner.directory import list_shards, this_node
 from serve_app.store.snapshot import Entry, Page
 
 _HERE_S = 2.0

@@ -8,8 +8,8 @@ import ray
 from ray.exceptions import RayError
 
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable, without_frames
+from serve_app.store.access.calls import Actor, ShardCalls
 from serve_app.store.base import Meanwhile, Unreadable
-from serve_app.store.calls import Actor, ShardCalls
 from serve_app.store.keys import parse
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from serve_app.errors import KeyUnreadable
 from serve_app.records import Ids, RecordMeta
-from serve_app.store.holdings import Payload
+from serve_app.store.owner.holdings import Payload
 
 if TYPE_CHECKING:
     import ray

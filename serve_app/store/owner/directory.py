@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from serve_app.config import CompatNamespace, StoreArgs
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreError, StoreUnavailable, without_frames
 from serve_app.store.keys import verify
-from serve_app.store.shard import Shard, ShardIdentity
+from serve_app.store.owner.shard import Shard, ShardIdentity
 
 NAMESPACE = "r3serve"
 COMPAT_NAME = "shared_store"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from serve_app.errors import KeyUnreadable, StoreError
 from serve_app.records import one_tuple
-from serve_app.store.budget import Budget
-from serve_app.store.ledger import Ledger
 from serve_app.store.offers import Offer
+from serve_app.store.owner.budget import Budget
+from serve_app.store.owner.ledger import Ledger
 from serve_app.types import ShardStats
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from serve_app.errors import KeyExpired, KeyReleased, UnknownKey
 from serve_app.records import RecordMeta
-from serve_app.store.leases import Leases
+from serve_app.store.owner.leases import Leases
 
 TOMBSTONES = 1 << 22
 _TRIM_AT_LEAST = 1 << 16

@@ -10,7 +10,7 @@ from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull, without_frame
 from serve_app.records import Ids, Record, RecordMeta
 from serve_app.store.base import Meanwhile, Segments, Unreadable
 from serve_app.store.keys import Key, verify
-from serve_app.store.ledger import Ledger
+from serve_app.store.owner.ledger import Ledger
 from serve_app.types import ShardStats, StoreStats
 
 _SHARD = "0000000000"

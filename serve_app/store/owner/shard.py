@@ -25,16 +25,16 @@ from serve_app.errors import (
     StoreUnavailable,
     without_frames,
 )
-from serve_app.event_log import log_event
+from serve_app.observe.event_log import log_event
 from serve_app.store import outbox
-from serve_app.store.answers import Collected, Described, ReadAnswer, pack_described
 from serve_app.store.door import OpenDoor
-from serve_app.store.epochs import Epochs
-from serve_app.store.holdings import DROP_AT_ONCE, Blob, Holdings, Payload, Piece
 from serve_app.store.keys import verify
-from serve_app.store.metrics import ShardMetrics
 from serve_app.store.offers import Offer, unpack
-from serve_app.store.presence import is_served
+from serve_app.store.owner.answers import Collected, Described, ReadAnswer, pack_described
+from serve_app.store.owner.epochs import Epochs
+from serve_app.store.owner.holdings import DROP_AT_ONCE, Blob, Holdings, Payload, Piece
+from serve_app.store.owner.metrics import ShardMetrics
+from serve_app.store.owner.presence import is_served
 from serve_app.store.snapshot import PAGE_RECORDS, Entry, Page
 from serve_app.types import ShardStats
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.records import Record
-from serve_app.wire.expected import Expected
-from serve_app.wire.refusal import refusal
-from serve_app.wire.whole_rows import whole_rows
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.refusal import refusal
+from serve_app.wire.payloads.whole_rows import whole_rows
 
 
 def matches(payload: object) -> bool:

@@ -10,10 +10,10 @@ import re
 import numpy as np
 
 from serve_app.records import Record
-from serve_app.wire.base64_ids import read_ids, write_ids
-from serve_app.wire.expected import Expected
-from serve_app.wire.fields import read_dtype, read_shape
-from serve_app.wire.refusal import refusal
+from serve_app.wire.payloads.base64_ids import read_ids, write_ids
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.fields import read_dtype, read_shape
+from serve_app.wire.payloads.refusal import refusal
 
 _MAGIC = "nrlre1:"
 _DTYPES = ("int8", "int16", "int32")

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from serve_app.errors import RecordError
 from serve_app.records import FORMAT_VERSION, Record, checksum, make_record, narrowest_dtype
-from serve_app.wire.expected import Expected
-from serve_app.wire.fields import read_int, read_object, read_shape
-from serve_app.wire.refusal import refusal, shown
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.fields import read_int, read_object, read_shape
+from serve_app.wire.payloads.refusal import refusal, shown
 
 MAGIC = b"r3serve\0"
 _PREFIX = struct.Struct("<8sHHIQ")

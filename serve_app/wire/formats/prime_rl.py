@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve_app.records import Record
-from serve_app.wire.base64_ids import read_ids, write_ids
-from serve_app.wire.expected import Expected
-from serve_app.wire.fields import read_dtype, read_int, read_object, read_shape
-from serve_app.wire.whole_rows import whole_rows
+from serve_app.wire.payloads.base64_ids import read_ids, write_ids
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.fields import read_dtype, read_int, read_object, read_shape
+from serve_app.wire.payloads.whole_rows import whole_rows
 
 _NEEDED = ("data", "shape", "start")
 _FIELDS = (*_NEEDED, "dtype")

@@ -8,12 +8,12 @@ where an answer repeats it. Other fields of ``meta_info`` are none of our busine
 from collections.abc import Mapping
 
 from serve_app.records import Record
-from serve_app.wire.base64_ids import write_ids
-from serve_app.wire.expected import Expected
-from serve_app.wire.fields import read_dtype, read_int
-from serve_app.wire.refusal import refusal
-from serve_app.wire.sglang import flat_ids
-from serve_app.wire.whole_rows import whole_rows
+from serve_app.wire.formats.sglang import flat_ids
+from serve_app.wire.payloads.base64_ids import write_ids
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.fields import read_dtype, read_int
+from serve_app.wire.payloads.refusal import refusal
+from serve_app.wire.payloads.whole_rows import whole_rows
 
 _DTYPES = ("int32", "uint16", "uint8")
 

@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from serve_app.errors import RecordError
 from serve_app.records import Record
-from serve_app.wire.base64_ids import read_bytes
-from serve_app.wire.expected import Expected
-from serve_app.wire.fields import read_shape
-from serve_app.wire.refusal import refusal
-from serve_app.wire.whole_rows import whole_rows
+from serve_app.wire.payloads.base64_ids import read_bytes
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.fields import read_shape
+from serve_app.wire.payloads.refusal import refusal
+from serve_app.wire.payloads.whole_rows import whole_rows
 
 _MAGIC = b"\x93NUMPY"
 _TEXT = base64.b64encode(_MAGIC).decode()

@@ -12,11 +12,11 @@ import numpy as np
 
 from serve_app.errors import RecordError
 from serve_app.records import Record
-from serve_app.wire import array, lmdeploy
-from serve_app.wire.base64_ids import read_bytes
-from serve_app.wire.expected import Expected
-from serve_app.wire.refusal import refusal
-from serve_app.wire.whole_rows import whole_rows
+from serve_app.wire.formats import array, lmdeploy
+from serve_app.wire.payloads.base64_ids import read_bytes
+from serve_app.wire.payloads.expected import Expected
+from serve_app.wire.payloads.refusal import refusal
+from serve_app.wire.payloads.whole_rows import whole_rows
 
 _TEXTS = ("gASV", "gAWV")
 """Base64 of how a pickle of protocol 4 or 5 begins."""

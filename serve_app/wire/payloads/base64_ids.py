@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import RecordError
-from serve_app.wire.refusal import refusal
+from serve_app.wire.payloads.refusal import refusal
 
 
 def read_bytes(text: object) -> bytes:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from serve_app.errors import RecordError
 from serve_app.records import Record, make_record, narrowest_dtype, part_of
-from serve_app.wire.refusal import refusal
+from serve_app.wire.payloads.refusal import refusal
 
 _NATIVE = -1
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from serve_app.errors import RecordError
-from serve_app.wire.refusal import refusal, shown
+from serve_app.wire.payloads.refusal import refusal, shown
 
 Shape = tuple[int, int, int]
 

@@ -17,7 +17,7 @@ from serve_app.errors import RecordError, RoutesGap
 from serve_app.materialize import materialize
 from serve_app.records import make_record
 from serve_app.store.keys import Key
-from serve_app.store.memory import MemoryStore
+from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import BatchSpec, PackedExperts, RankSlice, RoutedSequence
 
 LAYERS, TOP_K = 5, 2

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from serve_app.cli import main
 from serve_app.errors import RecordError
-from serve_app.loads import ExpertLoads
+from serve_app.observe.loads import ExpertLoads
 from serve_app.records import Record, make_record
 from serve_app.store.snapshot import Entry, SnapshotWriter
 

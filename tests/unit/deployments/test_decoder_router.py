@@ -8,7 +8,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest  # type: ignore[attr-defined]
 
 from serve_app.config import DecoderArgs
-from serve_app.deployments.placement import NearBytesRouter, near_bytes
+from serve_app.deployments.routing.placement import NearBytesRouter, near_bytes
 
 HERE, THERE = "0011223344", "5566778899"
 REPLICAS: list[Any] = [

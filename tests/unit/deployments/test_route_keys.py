@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from serve_app.config import StoreArgs
-from serve_app.deployments.routes import Earlier, RouteKeys
+from serve_app.deployments.rollout.routes import Earlier, RouteKeys
 from serve_app.errors import KeyReleased
 from serve_app.records import Record, hash_tokens, make_record, new_part_of, part_of
 from serve_app.store.base import RecordStore
-from serve_app.store.memory import MemoryStore
+from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import GenerateRequest
 
 TOKENS = list(range(100, 115))

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.config import IngressArgs, ProxyArgs, proxy_args
-from serve_app.ingress.auth import Caller, KeyRing, Refusal
-from serve_app.ingress.errors import NotAcceptable
-from serve_app.ingress.events import Json
-from serve_app.ingress.formats import NPY, OF_RECORDS, OURS, SAFETENSORS, acceptable
-from serve_app.ingress.limits import Busy, Load
+from serve_app.ingress.dialects.events import Json
+from serve_app.ingress.guard.auth import Caller, KeyRing, Refusal
+from serve_app.ingress.guard.errors import NotAcceptable
+from serve_app.ingress.guard.limits import Busy, Load
+from serve_app.ingress.operations.formats import NPY, OF_RECORDS, OURS, SAFETENSORS, acceptable
 from serve_app.ingress.proxy import Patience, Turnstile
 
 SCOPE: Scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}

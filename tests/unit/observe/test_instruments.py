@@ -17,9 +17,9 @@ from serve_app.deployments.metrics import (
     EngineMetrics,
 )
 from serve_app.errors import RoutesLost
-from serve_app.ingress.metrics import INGRESS
-from serve_app.instruments import Declared, after_answering
-from serve_app.store.metrics import COUNTERS, GAUGES, LATENCY, metric_name
+from serve_app.ingress.guard.metrics import INGRESS
+from serve_app.observe.instruments import Declared, after_answering
+from serve_app.store.owner.metrics import COUNTERS, GAUGES, LATENCY, metric_name
 from serve_app.types import GenerateResult, MissingRows
 from tests.k8s.dashboard import dashboard_names, queries
 
@@ -103,7 +103,10 @@ def test_events_carry_short_keys_and_errors_become_labels() -> None:
 
 
 def test_outside_of_a_replica_events_are_json_lines_on_stderr() -> None:
-    code = "from serve_app.event_log import log_event; log_event('expired', shard='ab', keys=3)"
+    code = (
+        "from serve_app.observe.event_log import log_event; "
+        "log_event('expired', shard='ab', keys=3)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     line = json.loads(done.stderr)
     assert (line["event"], line["shard"], line["keys"]) == ("expired", "ab", 3)

@@ -4,7 +4,7 @@ import numpy as np
 
 from serve_app.errors import KeyReleased
 from serve_app.records import make_record, raw_record
-from serve_app.store.answers import SMALL, Collected, ids_of
+from serve_app.store.owner.answers import SMALL, Collected, ids_of
 
 
 def test_headers_of_several_models_come_back_unchanged() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from serve_app.config import StoreArgs
-from serve_app.store.memory import MemoryStore
+from serve_app.store.owner.memory import MemoryStore
 from tests.store_contract import MakeStore, StoreContract
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from serve_app.config import StoreArgs
 from serve_app.records import RecordMeta
-from serve_app.store.answers import ReadAnswer
-from serve_app.store.directory import PROTOCOL, Directory, Settings
 from serve_app.store.offers import Offer
-from serve_app.store.shard import Shard, ShardIdentity
+from serve_app.store.owner.answers import ReadAnswer
+from serve_app.store.owner.directory import PROTOCOL, Directory, Settings
+from serve_app.store.owner.shard import Shard, ShardIdentity
 from serve_app.store.snapshot import Entry, Page
 from serve_app.types import ShardStats
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from serve_app.errors import KeyExpired, KeyReleased, StoreFull, UnknownKey
 from serve_app.records import make_record
-from serve_app.store.budget import Budget
-from serve_app.store.holdings import Holdings
 from serve_app.store.keys import Key, parse, verify
-from serve_app.store.leases import Leases
-from serve_app.store.ledger import Ledger
 from serve_app.store.offers import offer_of, pack, unpack
+from serve_app.store.owner.budget import Budget
+from serve_app.store.owner.holdings import Holdings
+from serve_app.store.owner.leases import Leases
+from serve_app.store.owner.ledger import Ledger
 
 META = make_record(np.zeros((2, 2, 1), int), num_experts=4).meta
 

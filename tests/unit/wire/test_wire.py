@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.client.reading import Reader
 from serve_app.config import StoreArgs
 from serve_app.errors import RecordError, UnknownKey
-from serve_app.reading import Reader
 from serve_app.records import Record, checksum, make_record, raw_record
 from serve_app.store.keys import Key
-from serve_app.store.memory import MemoryStore
+from serve_app.store.owner.memory import MemoryStore
 from serve_app.wire.expected import Expected
-from serve_app.wire.keyed import is_key
-from serve_app.wire.ours import from_bytes, to_bytes
+from serve_app.wire.formats.ours import from_bytes, to_bytes
+from serve_app.wire.payloads.keyed import is_key
 from serve_app.wire.registry import FORMATS, FormatName, decode, encode
 from tests.fuzz_wire import limit
 

@@ -7,13 +7,13 @@ import pytest
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs
 from serve_app.engines.base import EngineChunk
-from serve_app.engines.batch import PIECE, Batch
-from serve_app.engines.checkpoint import load_checkpoint
-from serve_app.engines.expert_rows import ExpertRows
-from serve_app.engines.recording import ExpertRecorder
-from serve_app.engines.rollout import Rollout, StopRules
-from serve_app.engines.runner import ModelRunner
 from serve_app.engines.stream import ChunkStream
+from serve_app.engines.transformers.batch import PIECE, Batch
+from serve_app.engines.transformers.checkpoint import load_checkpoint
+from serve_app.engines.transformers.expert_rows import ExpertRows
+from serve_app.engines.transformers.recording import ExpertRecorder
+from serve_app.engines.transformers.rollout import Rollout, StopRules
+from serve_app.engines.transformers.runner import ModelRunner
 from serve_app.types import GenerateRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,14 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from examples.tiny_moe import write_checkpoint, write_tokenizer
 from serve_app.config import EngineArgs
 from serve_app.engines.base import Engine
-from serve_app.engines.batch import PIECE
 from serve_app.engines.moe import find_moe_blocks
-from serve_app.engines.recording import ExpertRecorder
-from serve_app.engines.transformers import TransformersEngine
+from serve_app.engines.transformers.batch import PIECE
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.recording import ExpertRecorder
 from serve_app.errors import EngineError, EngineUnavailable
-from tests.families import FAMILIES as ALL_FAMILIES
-from tests.families import UNRECORDABLE, VOCAB, tiny
-from tests.unit.engine_contract import (
+from tests.engine_contract import (
     EngineContract,
     MakeEngine,
     Sampled,
@@ -30,7 +28,9 @@ from tests.unit.engine_contract import (
     request,
     sample,
 )
-from tests.unit.test_transformers_engine import PlainModel
+from tests.families import FAMILIES as ALL_FAMILIES
+from tests.families import UNRECORDABLE, VOCAB, tiny
+from tests.unit.engines.transformers.test_transformers_engine import PlainModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

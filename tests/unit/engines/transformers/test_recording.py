@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.engines.expert_rows import PENDING, ExpertRows
-from serve_app.engines.recording import Captured, convert
+from serve_app.engines.transformers.expert_rows import PENDING, ExpertRows
+from serve_app.engines.transformers.recording import Captured, convert
 from serve_app.errors import EngineError
 from serve_app.records import Ids
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engines.penalties import LogitRules, Penalties
-from serve_app.engines.sampling import Sampler, Sampling, sample
+from serve_app.engines.transformers.penalties import LogitRules, Penalties
+from serve_app.engines.transformers.sampling import Sampler, Sampling, sample
 
 PROBABILITIES = [0.4, 0.3, 0.2, 0.1]
 LOGITS = torch.tensor(PROBABILITIES).log()

@@ -24,14 +24,14 @@ from transformers import (
 
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.engine import InferenceEngine
+from serve_app.deployments.rollout.engine import InferenceEngine
 from serve_app.engines.base import Engine
 from serve_app.engines.moe import find_moe_blocks
-from serve_app.engines.recording import ExpertRecorder
-from serve_app.engines.transformers import TransformersEngine
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.recording import ExpertRecorder
 from serve_app.errors import EngineUnavailable, InvalidRequest, WeightsMismatch
 from serve_app.records import Ids
-from tests.unit.engine_contract import (
+from tests.engine_contract import (
     LONG,
     NEW,
     PROMPT,

@@ -1,0 +1,1 @@
+"""The engine deployment, and what becomes of a finished rollout."""

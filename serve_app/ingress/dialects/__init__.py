@@ -1,0 +1,1 @@
+"""How clients ask for a rollout, one file a dialect, and what the dialects share."""

@@ -1,0 +1,1 @@
+"""Routes that sample nothing: control of the replicas, weights, routed experts."""

@@ -1,0 +1,1 @@
+"""The way from any process to the shards."""

@@ -1,0 +1,1 @@
+"""The side that owns records: the shard, what it keeps, and who finds it."""

@@ -1,0 +1,1 @@
+"""State dicts on their way from a trainer to every replica."""
