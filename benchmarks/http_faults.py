@@ -28,6 +28,7 @@ from benchmarks.harness.http_graph import proxied_ray, served
 from benchmarks.harness.lines import emit
 from benchmarks.harness.machine import describe, versions
 from benchmarks.harness.processes import kill_replica, resident_mib
+from benchmarks.harness.rubbish import rubbish
 from serve_app.client import RoutedExpertsClient
 from serve_app.records import hash_tokens
 
@@ -45,24 +46,6 @@ _PATHS = (
     "/routed_experts/release",
     "/abort_request",
     "/nowhere",
-)
-_ODD: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    1e308,
-    10**30,
-    "",
-    "\ud800",
-    "x" * 5000,
-    [],
-    [[]],
-    {},
-    [None],
-    {"a": {"b": []}},
-    [-1],
-    [10**20],
-    "AQVsb2NhbA",
 )
 
 
@@ -173,7 +156,7 @@ class FaultRun:
     async def _thrower(self, http: aiohttp.ClientSession) -> None:
         while self._on or self._garbage < GARBAGE_KINDS:
             self._garbage += 1
-            path, body = self._rng.choice(_PATHS), self._rubbish(self._garbage)
+            path, body = self._rng.choice(_PATHS), rubbish(self._garbage)
             headers = {"content-type": self._rng.choice(["application/json", "text/plain"])}
             try:
                 async with http.post(f"{self._url}{path}", data=body, headers=headers) as answer:
@@ -193,24 +176,6 @@ class FaultRun:
             key = json.loads(text)["meta_info"]["routed_experts"]
             if key:
                 self._client.release([key])
-
-    def _rubbish(self, number: int) -> bytes:
-        rng = random.Random(number)
-        good: dict[str, Any] = {"input_ids": [5], "max_tokens": 2, "model": "policy"}
-        good |= {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "key": "k"}
-        match rng.randrange(4):
-            case 0:
-                return rng.randbytes(rng.randrange(200))
-            case 1:
-                text = json.dumps(good).encode()
-                return text[: rng.randrange(len(text))]
-            case 2:
-                return rng.choice([b"[" * 50_000, b'{"a":' * 5_000, b"1" * 9000, b"\xff" * 99])
-            case _:
-                for name in rng.sample(sorted(good), rng.randint(1, 4)):
-                    good[name] = rng.choice(_ODD)
-                good[rng.choice(["stream", "n", "temperature", "stop", "seed"])] = rng.choice(_ODD)
-                return json.dumps(good).encode()
 
     async def _sluggish(self) -> None:
         """Readers that take a little now and then, and some that take nothing."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from serve_app.config import EngineArgs
-from tests.unit.engines.transformers.test_transformers_engine import PlainModel
+from tests.plain_model import PlainModel
 
 
 def small_args(path: Path, small: dict[str, Any], **overrides: Any) -> EngineArgs:

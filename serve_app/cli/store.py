@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from serve_app.cli.attaching import Address, attach, sorry
@@ -12,10 +13,12 @@ from serve_app.cli.progress import progress_bar
 from serve_app.errors import R3Error
 from serve_app.store.access import archive
 from serve_app.store.access.client import connect
-from serve_app.store.owner.directory import remove_actors
+from serve_app.store.owner.directory import remove_actors, this_cluster
 from serve_app.types import ShardStats, StoreStats
 
 _REMOVE_S = 30.0
+_ANY = 10_000
+_COLUMNS = [field.name for field in fields(ShardStats) if field.name != "shard"]
 
 store = typer.Typer(no_args_is_help=True, help="The expert store of a served application.")
 
@@ -28,7 +31,7 @@ def status(app: str, address: Address = "auto") -> None:
         stats = connect(app).stats()
     except R3Error as error:
         raise sorry(str(error)) from None
-    Console().print(_table(app, stats))
+    _show(Console(), f"expert store of {app} in {this_cluster()}", stats)
 
 
 @store.command()
@@ -40,8 +43,8 @@ def destroy(app: str, address: Address = "auto") -> None:
     except R3Error as error:
         raise sorry(str(error)) from None
     if not removed:
-        raise sorry(f"no expert store of an application named {app!r} runs in this cluster")
-    Console().print(f"removed {removed} actors of {app}")
+        raise sorry(f"no expert store of an application named {app!r} runs in {this_cluster()}")
+    Console().print(f"removed {removed} actors of {app} in {this_cluster()}")
 
 
 @store.command()
@@ -70,11 +73,25 @@ def restore(app: str, path: Path, address: Address = "auto") -> None:
         raise sorry("\n".join(report.refused))
 
 
-def _table(app: str, stats: StoreStats) -> Table:
-    columns = [field.name for field in fields(ShardStats) if field.name != "shard"]
-    table = Table("shard", *columns, title=f"expert store of {app}")
+def _show(console: Console, title: str, stats: StoreStats) -> None:
+    """Print a line a shard, or a table a shard where the lines would not fit."""
+    table = Table("shard", *_COLUMNS, title=title)
     for shard in stats.shards:
-        table.add_row(shard.shard, *(f"{getattr(shard, column):,.0f}" for column in columns))
+        table.add_row(shard.shard, *_figures(shard))
     for name in stats.unreachable:
         table.add_row(name, "does not answer")
-    return table
+    if Measurement.get(console, console.options.update(width=_ANY), table).maximum <= console.width:
+        console.print(table)
+        return
+    console.print(title, style="italic", highlight=False)
+    for shard in stats.shards:
+        stacked = Table("shard", shard.shard)
+        for column, figure in zip(_COLUMNS, _figures(shard), strict=True):
+            stacked.add_row(column, figure)
+        console.print(stacked)
+    for name in stats.unreachable:
+        console.print(f"{name} does not answer")
+
+
+def _figures(shard: ShardStats) -> list[str]:
+    return [f"{getattr(shard, column):,.0f}" for column in _COLUMNS]

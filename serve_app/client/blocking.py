@@ -209,7 +209,7 @@ class RoutedExpertsClient:
         `serve_app.materialize.materialize` for the errors.
         """
         spec = BatchSpec(dtype, on_missing, layout, rank or RankSlice(), pad, pad_seed)
-        return self._reader.materialize(sequences, spec, where, out, pin)
+        return self._reader.assemble(sequences, spec, where, out, pin)
 
     def prefetch(self, sequences: Sequence[RoutedSequence], **how: Any) -> "Future[ExpertBatch]":
         """Start `materialize` in the background; ``.result()`` gives its batch."""

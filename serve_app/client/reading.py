@@ -53,7 +53,7 @@ class Reader:
             return expected.to_record(record.ids)
         return expected.check(record)
 
-    def materialize(
+    def assemble(
         self,
         sequences: Sequence[RoutedSequence],
         spec: BatchSpec,
@@ -69,7 +69,7 @@ class Reader:
         if (nodes := self._elsewhere(sequences, where)) is None:
             packed = materialize(self._graph.store, sequences, spec, target, allocate or np.empty)
         else:
-            packed = self._decoders.materialize(sequences, nodes, spec, target, allocate)
+            packed = self._decoders.gather(sequences, nodes, spec, target, allocate)
         return _as_tensors(packed, out)
 
     def _elsewhere(self, sequences: Sequence[RoutedSequence], where: Where) -> Nodes | None:

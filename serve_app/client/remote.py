@@ -31,7 +31,7 @@ class Decoders:
     def __init__(self, graph: ServedGraph) -> None:
         self._graph = graph
 
-    def materialize(
+    def gather(
         self,
         sequences: Sequence[RoutedSequence],
         nodes: Nodes,

@@ -22,6 +22,7 @@ from serve_app.errors import (
 from serve_app.store.access.calls import line
 from serve_app.store.access.client import ShardStore, connect
 from serve_app.store.base import RecordStore
+from serve_app.store.owner.directory import this_cluster
 from serve_app.store.owner.memory import shared
 from serve_app.types import GenerateChunk, GenerateRequest, UpdateMode, WeightsResult
 from serve_app.weights.holder import open_holder, pack
@@ -152,7 +153,7 @@ class ServedGraph:
         """
         if self.handles:
             return self._taken(self.broadcast_each("update_weights", pack(state), version, mode))
-        holder = open_holder(self.app)
+        holder = open_holder(self.app, self.timeout_s)
         weights = state if isinstance(state, ray.ObjectRef) else ray.put(pack(state))
         held = self._holder_answer(holder.stage.remote(weights, version))
         try:
@@ -197,8 +198,8 @@ class ServedGraph:
             handle = serve.get_deployment_handle(deployment, self.app)
         except (KeyError, serve.exceptions.RayServeException) as error:
             raise EngineUnavailable(
-                f"no application {self.app!r} with a deployment {deployment} is being served:"
-                f" {line(error)}"
+                f"no application {self.app!r} with a deployment {deployment} is being served in"
+                f" {this_cluster()}: {line(error)}"
             ) from None
         # gRPC handles, the default in some set-ups, leak references and cap at 4 MiB.
         return handle.options(_by_reference=True)

@@ -24,7 +24,7 @@ class Detokenizer:
         self._context_text = ""
         self._pending: list[int] = []
 
-    def push(self, token: int) -> str:
+    def feed(self, token: int) -> str:
         """Return the text that became certain with this token."""
         self._pending.append(token)
         text = self._decode(self._context + self._pending)

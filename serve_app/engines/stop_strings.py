@@ -14,7 +14,7 @@ class StopStrings:
         self._held = ""
         self.found = False
 
-    def push(self, text: str) -> str:
+    def feed(self, text: str) -> str:
         """Return what may be shown now, nothing after a stop string."""
         if self.found:
             return ""

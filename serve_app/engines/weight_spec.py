@@ -28,7 +28,7 @@ class WeightSpec:
         self._tied = {name: {name} for name in state}
         self._tied |= {name: names for names in by_memory.values() for name in names}
 
-    def check(self, state: Mapping[str, torch.Tensor]) -> None:
+    def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Raise `WeightsMismatch` unless ``state`` has exactly these names and shapes.
 
         Of tied weights, one name is enough.

@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy.typing as npt
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
+from serve_app.errors import StoreUnavailable
 from serve_app.store.owner.directory import NAMESPACE
+from serve_app.store.protocol import PROTOCOL, ask_protocol, check_protocol
 
 if TYPE_CHECKING:
     import torch
 
 _HOLDER = "weights"
+WHAT = "weights holder"
+"""What it is called where it is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,10 @@ class WeightsHolder:
         self._staged: dict[int, Newest] = {}
         self._newest: Newest | None = None
 
+    def r3serve_protocol(self) -> int:
+        """Say what this actor understands."""
+        return PROTOCOL
+
     def stage(
         self, weights: "Packed | Mapping[str, torch.Tensor]", version: int
     ) -> "list[ray.ObjectRef[Packed]]":
@@ -109,8 +118,12 @@ def _name(app: str) -> str:
     return f"{app}/{_HOLDER}"
 
 
-def open_holder(app: str) -> ActorHandle[Any]:
-    """Make the application's holder, or find it."""
+def open_holder(app: str, timeout_s: float) -> ActorHandle[Any]:
+    """Make the application's holder, or find it.
+
+    Raises `StoreUnavailable` if it does not answer in ``timeout_s`` seconds, and `StoreError` if
+    another version of r3serve began it.
+    """
     actor: Any = ray.remote(WeightsHolder)
     holder: ActorHandle[Any] = actor.options(
         name=_name(app),
@@ -120,14 +133,23 @@ def open_holder(app: str) -> ActorHandle[Any]:
         num_cpus=0,
         max_restarts=-1,
     ).remote()
+    try:
+        check_protocol(ray.get(ask_protocol(holder, WHAT, app), timeout=timeout_s), WHAT, app)
+    except RayError as error:
+        raise StoreUnavailable(f"the {WHAT} of {app!r} does not answer: {error}") from None
     return holder
 
 
 async def newest_weights(app: str, timeout_s: float = 30.0) -> Newest | None:
-    """Return what a starting replica must load, None if it has the checkpoint's weights."""
+    """Return what a starting replica must load, None if it has the checkpoint's weights.
+
+    Raises `StoreError` if another version of r3serve began the holder.
+    """
     try:
         holder = ray.get_actor(_name(app), namespace=NAMESPACE)
     except ValueError:
         return None
-    newest: Newest | None = await asyncio.wait_for(holder.newest.remote(), timeout_s)
+    async with asyncio.timeout(timeout_s):
+        check_protocol(await ask_protocol(holder, WHAT, app), WHAT, app)
+        newest: Newest | None = await holder.newest.remote()
     return newest

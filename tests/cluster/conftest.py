@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from graphs.rollout import build
 from serve_app import RoutedExpertsClient
 from serve_app.config import RolloutArgs, StoreArgs
 from serve_app.store.access.client import ShardStore, connect
+from serve_app.store.access.compat import open_compat
 from serve_app.store.owner.directory import open_directory, remove_actors
 from tests.store_contract import MakeStore
 
@@ -24,6 +25,8 @@ APP = "rollout"
 HTTP_PORT = 8123
 ROOT = str(Path(__file__).parents[2])
 ROLLOUT_YAML = Path(ROOT) / "graphs" / "rollout.yaml"
+
+Open = Callable[..., tuple[ShardStore, Any]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -92,3 +95,16 @@ def make_store(cluster: Cluster) -> Iterator[MakeStore]:
     yield make
     for app in made:
         remove_actors(app, 30)
+
+
+@pytest.fixture
+def open_store(make_store: MakeStore) -> Open:
+    """A store with a ``shared_store`` in the namespace ``lmdeploy``, and a handle to that."""
+
+    def make(**settings: Any) -> tuple[ShardStore, Any]:
+        store = make_store(app="compat", **settings)
+        assert isinstance(store, ShardStore)
+        open_compat("compat", "lmdeploy", StoreArgs.model_validate(settings))
+        return store, ray.get_actor("shared_store", namespace="lmdeploy")
+
+    return make

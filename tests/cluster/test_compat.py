@@ -3,8 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,64 +22,12 @@ from serve_app import RoutedExpertsClient, RoutedSequence
 from serve_app.config import StoreArgs, StoreGraphArgs
 from serve_app.errors import RecordError, StoreUnavailable
 from serve_app.materialize import materialize
-from serve_app.store.access.client import ShardStore
 from serve_app.store.access.compat import open_compat
 from serve_app.store.owner.directory import find_compat
+from tests.cluster.conftest import Open
+from tests.cluster.nodes.actors import pid_of
 from tests.cluster.test_cli import output
-from tests.cluster.test_shard_store import pid_of
 from tests.store_contract import LARGE, SMALL, MakeStore, expire, read, record
-
-# LMDeploy's put and xtuner's get, in processes that have never heard of serve_app.
-FOREIGN = """
-import sys
-sys.modules["serve_app"] = None
-import asyncio, numpy as np, ray
-ray.init(address=sys.argv[1], log_to_driver=False)
-
-def puts(array):
-    store = ray.get_actor("shared_store", namespace="lmdeploy")
-    return ray.get(store.put.remote(array))
-
-async def gets(key):
-    store = ray.get_actor("shared_store", namespace="lmdeploy")
-    return np.asarray(await store.get.remote(key))
-
-array = np.random.default_rng(7).integers(0, 128, (600, 48, 8)).astype(np.uint16)
-array[:, 0] = 65535
-for cut in (600, 3):
-    key = puts(array[:cut])
-    got = asyncio.run(gets(key))
-    assert isinstance(key, str) and got.dtype == np.uint16 and np.array_equal(got, array[:cut])
-try:
-    asyncio.run(gets("made-up"))
-except KeyError as error:
-    assert "UnknownKey" in str(error), error
-else:
-    raise AssertionError("a made-up key was read")
-try:
-    puts(np.zeros((2, 3), np.uint16))
-except ValueError as error:
-    assert "[rows, layers, top_k]" in str(error), error
-else:
-    raise AssertionError("a flat array was put")
-ray.get(ray.get_actor("shared_store", namespace="lmdeploy").clear.remote())
-print("unchanged")
-"""
-
-Open = Callable[..., tuple[ShardStore, Any]]
-
-
-@pytest.fixture
-def open_store(make_store: MakeStore) -> Open:
-    """A store with a ``shared_store`` in the namespace ``lmdeploy``, and a handle to that."""
-
-    def make(**settings: Any) -> tuple[ShardStore, Any]:
-        store = make_store(app="compat", **settings)
-        assert isinstance(store, ShardStore)
-        open_compat("compat", "lmdeploy", StoreArgs.model_validate(settings))
-        return store, ray.get_actor("shared_store", namespace="lmdeploy")
-
-    return make
 
 
 @pytest.fixture
@@ -117,23 +63,6 @@ def is_gone(namespace: str) -> bool:
         ray.get_actor("shared_store", namespace=namespace)
         return False
     return True
-
-
-def test_processes_without_our_code_put_and_get_as_upstream_does(
-    open_store: Open, cluster: Cluster, tmp_path: Path
-) -> None:
-    store, _ = open_store()
-    done = subprocess.run(
-        [sys.executable, "-c", FOREIGN, cluster.address],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout.strip() == "unchanged", done.stdout + done.stderr
-    assert store.stats().live_bytes == 0
 
 
 async def test_values_and_dtype_come_back_as_they_were(open_store: Open) -> None:

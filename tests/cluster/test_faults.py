@@ -19,7 +19,7 @@ import ray
 from serve_app.errors import KeyExpired, RoutesLost, StoreUnavailable
 from serve_app.store.access.client import ShardStore
 from serve_app.store.owner.directory import find_shard, list_shards, this_node
-from tests.cluster.test_shard_store import EngineLike, pid_of, start
+from tests.cluster.nodes.actors import EngineLike, pid_of, start
 from tests.store_contract import LARGE, SMALL, MakeStore, expire, read, record
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ HANG_S = 60
 def run_scenario(name: str) -> dict[str, Any]:
     """Run one of `fault_scenarios` in a process, and so in a cluster, of its own."""
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.fault_scenarios", name],
+        [sys.executable, "-m", "tests.cluster.nodes.fault_scenarios", name],
         cwd=ROOT,
         capture_output=True,
         text=True,

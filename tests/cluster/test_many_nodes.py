@@ -16,7 +16,7 @@ SMALL_TALK = 100_000
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.many_nodes"],
+        [sys.executable, "-m", "tests.cluster.nodes.many_nodes"],
         cwd=ROOT,
         capture_output=True,
         text=True,

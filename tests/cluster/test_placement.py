@@ -24,7 +24,7 @@ from serve_app.records import make_record
 from serve_app.store.access.client import connect
 from serve_app.store.owner.metrics import LATENCY
 from serve_app.types import Where
-from tests.cluster.test_shard_store import EngineLike, start
+from tests.cluster.nodes.actors import EngineLike, start
 from tests.store_contract import LARGE, MakeStore, record
 
 APP = "placed"

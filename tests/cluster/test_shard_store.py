@@ -1,7 +1,6 @@
 """The shards keep the store's contract, and their own promises: who owns, what survives."""
 
 import asyncio
-import dataclasses
 import os
 import signal
 import threading
@@ -13,90 +12,23 @@ import pytest
 import ray
 import requests
 from ray.exceptions import ObjectLostError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from typer.testing import CliRunner
 
 from serve_app.cli import main
-from serve_app.config import StoreArgs
-from serve_app.errors import RoutesLost, StoreError, StoreUnavailable
-from serve_app.store.access.client import ShardStore, connect
+from serve_app.errors import RoutesLost, StoreUnavailable
+from serve_app.store.access.client import ShardStore
 from serve_app.store.access.reads import ShardReader
 from serve_app.store.door import Door
 from serve_app.store.keys import Key
 from serve_app.store.owner.answers import unpack_described
-from serve_app.store.owner.directory import (
-    NAMESPACE,
-    PROTOCOL,
-    Directory,
-    Settings,
-    find_shard,
-    list_actors,
-    open_directory,
-    remove_actors,
-    shard_name,
-    this_node,
-)
+from serve_app.store.owner.directory import find_shard, this_node
 from serve_app.store.owner.metrics import GAUGES, LATENCY, metric_name
+from tests.cluster.nodes.actors import EngineLike, pid_of, start
 from tests.store_contract import LARGE, SMALL, MakeStore, StoreContract, read, record
 
 
 class TestShardStore(StoreContract):
     """Everything a `RecordStore` promises, on real shards."""
-
-
-class OtherDirectory(Directory):
-    """A directory as another version of r3serve would have it."""
-
-    def settings(self) -> Settings:
-        return dataclasses.replace(super().settings(), protocol=PROTOCOL + 1)
-
-
-@ray.remote(num_cpus=0)
-class EngineLike:
-    """Puts records from its event loop, as an engine replica does."""
-
-    async def put(self, app: str, seeds: list[int]) -> list[str]:
-        store = await asyncio.to_thread(connect, app, ray.get_runtime_context().current_actor)
-        records = [record(LARGE, seed=seed) for seed in seeds]
-        return list(await asyncio.gather(*(store.aput(put) for put in records)))
-
-    async def put_in_turn(self, app: str, seeds: list[int]) -> list[str]:
-        if not hasattr(self, "_store"):
-            self._store = connect(app, ray.get_runtime_context().current_actor)
-        return [await self._store.aput(record(LARGE, seed=seed)) for seed in seeds]
-
-    async def hold_a_conversation(self, turns: int, app: str = "contract") -> list[str]:
-        """Put small records, each one's child the next, as turns of a conversation do."""
-        if not hasattr(self, "_store"):
-            me = ray.get_runtime_context().current_actor
-            self._store = await asyncio.to_thread(connect, app, me)
-            self._keys: list[str] = []
-        for turn in range(turns):
-            parent = self._keys[-1] if turn else None
-            chain = await self._store.adescribe(parent) if parent else []
-            assert isinstance(chain, list)
-            assert len(chain) == turn
-            start = chain[-1].stop if chain else 0
-            turned = record(SMALL, start=start, seed=turn)
-            self._keys.append(await self._store.aput(turned, parent=parent))
-        return self._keys[-turns:]
-
-    def node(self) -> str:
-        return this_node()
-
-    def kill(self, app: str, name: str) -> None:
-        actor = find_shard(app, name)
-        assert actor is not None
-        ray.kill(actor)
-
-
-def start(actor: Any, node: str) -> Any:
-    """Start an actor on the node that has a resource of this name."""
-    return actor.options(resources={node: 1}).remote()
-
-
-def pid_of(actor: Any) -> int:
-    return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
 
 def test_records_outlive_the_actor_that_produced_them(make_store: MakeStore) -> None:
@@ -218,53 +150,6 @@ def test_an_engine_that_knew_a_killed_shard_puts_into_the_next(make_store: MakeS
     assert store.release([*lost, *kept]) == 3
 
 
-def test_a_store_that_nobody_runs_is_named(cluster: object) -> None:
-    with pytest.raises(StoreUnavailable, match="nobody"):
-        connect("nobody")
-
-
-@pytest.mark.parametrize("kind", ["directory", "shard"])
-def test_a_store_opens_while_the_one_before_it_is_removed(make_store: MakeStore, kind: str) -> None:
-    other = start(EngineLike, "elsewhere")
-    name = this_node() if kind == "shard" else kind
-    for seed in range(3):
-        make_store(app="again")
-        key = connect("again").put(record(SMALL, seed=seed))
-        np.testing.assert_array_equal(
-            read(connect("again"), key)[0].ids, record(SMALL, seed=seed).ids
-        )
-        late = connect("again")  # has looked for no shard yet
-        ray.get(other.kill.remote("again", name))  # Ray still finds it here, by its name
-        if kind == "shard":
-            late.put(record(SMALL))
-
-
-def test_removal_ends_when_the_names_are_free(make_store: MakeStore) -> None:
-    for seed in range(2):
-        store = make_store(app="again")
-        key = store.put(record(SMALL, seed=seed))
-        np.testing.assert_array_equal(read(store, key)[0].ids, record(SMALL, seed=seed).ids)
-        assert remove_actors("again", 30) == 2
-        assert not list_actors("again")
-
-
-def test_a_foreign_actor_under_a_shards_name_is_refused(make_store: MakeStore) -> None:
-    store = make_store(app="squatted")
-
-    @ray.remote(num_cpus=0)
-    class Squatter:
-        def ping(self) -> str:
-            return "pong"
-
-    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"name": f"squatted/{this_node()}", "namespace": "r3serve"}
-    squatter = Squatter.options(scheduling_strategy=node, **options).remote()  # type: ignore[attr-defined]
-    assert ray.get(squatter.ping.remote()) == "pong"
-    with pytest.raises(StoreUnavailable, match=r"squatted|answer"):
-        store.put(record())
-    ray.kill(squatter)
-
-
 def test_status_shows_every_shard(make_store: MakeStore) -> None:
     store = make_store()
     store.put(record(LARGE))
@@ -336,21 +221,3 @@ def test_bytes_that_are_gone_from_this_node_are_lost_and_said_so(
     assert isinstance(found, RoutesLost)
     assert isinstance(other, list)
     assert np.array_equal(other[0].ids, record(LARGE, seed=2).ids)
-
-
-def test_a_store_of_another_version_is_refused_by_name(make_store: MakeStore) -> None:
-    app = "contract"
-    other: Any = ray.remote(OtherDirectory)
-    made = other.options(
-        name=shard_name(app, "directory"), namespace=NAMESPACE, lifetime="detached", num_cpus=0
-    ).remote(app, bytes(32), StoreArgs())
-    before = ray.get(made.settings.remote(), timeout=30)
-    refused = f"speaks protocol {PROTOCOL + 1}, this process {PROTOCOL}.*destroy {app}"
-    with pytest.raises(StoreError, match=refused):
-        connect(app)
-    with pytest.raises(StoreError, match=refused):
-        open_directory(app, StoreArgs(lease_s=5), 30)
-    assert ray.get(made.settings.remote(), timeout=30) == before
-    assert remove_actors(app, 30) == 1
-    key = make_store().put(record())
-    assert [found.meta for found in read(connect(app), key)] == [record().meta]

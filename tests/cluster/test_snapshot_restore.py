@@ -15,7 +15,7 @@ from serve_app.errors import KeyReleased, RoutesLost, UnknownKey
 from serve_app.store.access.archive import restore, save
 from serve_app.store.access.client import connect
 from serve_app.store.owner.directory import find_directory, list_actors, list_shards
-from tests.cluster.test_shard_store import EngineLike, pid_of, start
+from tests.cluster.nodes.actors import EngineLike, pid_of, start
 from tests.store_contract import LARGE, SMALL, SMALL_LIKE, MakeStore, read, record
 
 APP = "saved"

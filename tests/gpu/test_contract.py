@@ -9,7 +9,7 @@ import pytest_asyncio
 from serve_app.engines.base import Engine
 from tests.engine_contract import EngineContract
 from tests.gpu.conftest import load
-from tests.unit.engines.transformers.test_transformers_engine import PlainModel
+from tests.plain_model import PlainModel
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -122,7 +122,7 @@ def test_tools_and_template_options_reach_the_template(tmp_path: Path, graph: Lo
     messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
     ids = prompts._render(messages, tools, {"enable_thinking": True})
-    assert prompts.decode(ids) == "[look_up]assistant42think"
+    assert prompts.detokenize(ids) == "[look_up]assistant42think"
 
 
 def test_a_chat_streams_role_text_and_usage(http: httpx.Client, graph: LocalGraph) -> None:

@@ -17,7 +17,7 @@ from serve_app.engines.base import Engine
 from serve_app.types import GenerateRequest
 from tests.engine_contract import Sampled, engine_maker, mixed_requests, request, sample
 from tests.lmdeploy_engines import plain, small_args
-from tests.unit.engines.transformers.test_transformers_engine import PlainModel
+from tests.plain_model import PlainModel
 
 __all__ = ["make_engine", "plain"]
 

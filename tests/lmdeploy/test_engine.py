@@ -25,7 +25,7 @@ from tests.engine_contract import (
     submitted,
 )
 from tests.lmdeploy.conftest import Parity, load
-from tests.unit.engines.transformers.test_transformers_engine import PlainModel
+from tests.plain_model import PlainModel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -53,6 +53,6 @@ class PartialUpdates:
 
 
 def _publish(state: "Mapping[str, torch.Tensor]", version: int) -> None:
-    holder = open_holder(application())
+    holder = open_holder(application(), HOLDER_TIMEOUT_S)
     ray.get(holder.stage.remote(pack(state), version), timeout=HOLDER_TIMEOUT_S)
     ray.get(holder.commit.remote(version), timeout=HOLDER_TIMEOUT_S)

@@ -102,7 +102,7 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
         if not self._started:
             await self.ready()
         self._check_serving()
-        taken = self._weights.check(state)
+        taken = self._weights.checked(state)
         async with self._nothing_running(abort=mode == "abort"):
             self._check_serving()
             await self._load(self._weights.buckets(taken), version)
@@ -128,7 +128,7 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
             self._check_not_ended()
             if self._sleep_level is None:
                 return
-            taken = None if state is None else self._weights.check(state)
+            taken = None if state is None else self._weights.checked(state)
             await self._backend.wake(["weights"])
             if taken is not None:
                 await self._load(self._weights.buckets(taken), version)

@@ -76,7 +76,7 @@ class Rollout:
                 break
             tokens.append(token)
             self.output.append(token)
-            text.append(self._push(token))
+            text.append(self._feed(token))
             if stops or self._stops.found:
                 self.ending = Ending("stop")
             elif len(self.output) == self.max_new_tokens:
@@ -133,17 +133,17 @@ class Rollout:
             tokens=tokens[:count],
         )
 
-    def _push(self, token: int) -> str:
+    def _feed(self, token: int) -> str:
         if self._text is None:
             return ""
-        text = self._text.push(token)
+        text = self._text.feed(token)
         early = len(self.output) < self.request.min_new_tokens
-        return text if early else self._stops.push(text)
+        return text if early else self._stops.feed(text)
 
     def _finish(self) -> str:
         if self._text is None:
             return ""
-        return self._stops.push(self._text.finish()) + self._stops.finish()
+        return self._stops.feed(self._text.finish()) + self._stops.finish()
 
     def _send(self, tokens: list[int], logprobs: list[float], text: str) -> None:
         """Hand on a chunk; the last one waits for its record."""

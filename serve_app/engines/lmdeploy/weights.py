@@ -34,13 +34,13 @@ class ModelWeights:
         self._model = _meta_model(path)
         self._spec = None if self._model is None else WeightSpec(self._model)
 
-    def check(self, state: State) -> dict[str, torch.Tensor]:
+    def checked(self, state: State) -> dict[str, torch.Tensor]:
         """Return ``state``, taken once; raise `WeightsMismatch` unless all of it fits."""
         taken = dict(state)
         if self._spec is None or taken.keys() == self._files.keys():
             self._check_names(taken)
         else:
-            self._spec.check(taken)
+            self._spec.check_state(taken)
         return taken
 
     def buckets(self, state: State) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -73,7 +73,7 @@ class TransformersEngine(AnsweringEngine[Rollout]):
     ) -> None:
         """Serve ``state`` from now on; see `Engine`. What waits is served by the new weights."""
         taken = dict(state)  # once: what was checked is what will be loaded
-        self._weights.check(taken)
+        self._weights.check_state(taken)
         await asyncio.wrap_future(self._steps.update(taken, version, mode))
 
     async def sleep(self, level: SleepLevel) -> None:
@@ -99,7 +99,7 @@ class TransformersEngine(AnsweringEngine[Rollout]):
                 state, version = model.state_dict(), 0
             taken = None if state is None else dict(state)
             if taken is not None:
-                self._weights.check(taken)
+                self._weights.check_state(taken)
             await asyncio.wrap_future(self._steps.wake(taken, version))
             self._sleep_level = None
 

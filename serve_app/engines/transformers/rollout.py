@@ -63,7 +63,7 @@ class Rollout:
             return self.end("stop")
         self.output.append(token)
         self.sampler.took(token)
-        text = self._push_text(token)
+        text = self._feed_text(token)
         if not stops and not self._stops.found and len(self.output) < self._rules.max_new_tokens:
             return EngineChunk([token], [logprob], text, weight_version=self.weight_version)
         # The rest of the text may complete a stop string, so it decides about the reason too.
@@ -76,17 +76,17 @@ class Rollout:
         text = "" if error else self._finish_text()  # decoding may be what failed
         return self._last_chunk([], [], text, reason, error)
 
-    def _push_text(self, token: int) -> str:
+    def _feed_text(self, token: int) -> str:
         if self._text is None:
             return ""
-        text = self._text.push(token)
+        text = self._text.feed(token)
         early = len(self.output) < self._rules.min_new_tokens
-        return text if early else self._stops.push(text)
+        return text if early else self._stops.feed(text)
 
     def _finish_text(self) -> str:
         if self._text is None:
             return ""
-        return self._stops.push(self._text.finish()) + self._stops.finish()
+        return self._stops.feed(self._text.finish()) + self._stops.finish()
 
     def _last_chunk(
         self,

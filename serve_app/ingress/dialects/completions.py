@@ -49,7 +49,7 @@ class CompletionBody(OpenAIBody):
         if len(prompts) > 1 and self.session_id is not None and self.session_id >= 0:
             raise InvalidRequest("several prompts cannot share a session_id")
         ids = [
-            await edge.prompts.encode(prompt) if isinstance(prompt, str) else prompt
+            await edge.prompts.tokenize(prompt) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
         return [await self.sampled(edge, one) for one in ids]

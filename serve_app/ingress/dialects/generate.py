@@ -47,11 +47,11 @@ class GenerateBody(SamplingBody):
             raise InvalidRequest("You must specify exactly one of prompt or input_ids")
         if not (self.prompt or self.input_ids):
             raise InvalidRequest("The prompt or input_ids must not be empty")
-        ids = self.input_ids or await edge.prompts.encode(self.prompt or "")
+        ids = self.input_ids or await edge.prompts.tokenize(self.prompt or "")
         request = self.request(
             ids, self.max_tokens, stop_token_ids=tuple(self.stop_token_ids or ()) or None
         )
-        await edge.check(request)
+        await edge.check_request(request)
         return request
 
 

@@ -56,7 +56,7 @@ class OpenAIBody(SamplingBody):
             logit_bias=_token_bias(self.logit_bias) or None,
             **fields,
         )
-        await edge.check(request)
+        await edge.check_request(request)
         return request
 
     @property

@@ -29,14 +29,14 @@ class WithSpecialTokens(AsSampled):
         self._begin()
 
     def _begin(self) -> None:
-        self._text = Detokenizer(self._prompts.decode)
+        self._text = Detokenizer(self._prompts.detokenize)
         self._stops = StopStrings(self._stop_strings)
 
     def of_chunk(self, chunk: GenerateChunk) -> str:
         """Return a chunk's new text."""
-        text = "".join(self._stops.push(self._text.push(token)) for token in chunk.output_ids)
+        text = "".join(self._stops.feed(self._text.feed(token)) for token in chunk.output_ids)
         if chunk.result is not None:
-            text += self._stops.push(self._text.finish()) + self._stops.finish()
+            text += self._stops.feed(self._text.finish()) + self._stops.finish()
         return text
 
     def of_result(self, result: GenerateResult) -> str:

@@ -96,7 +96,7 @@ class Ingress:
             self._info = await await_answer(self._engine.info.remote(), INFO_TIMEOUT_S)
         return self._info
 
-    async def check(self, request: GenerateRequest) -> None:
+    async def check_request(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` for what no engine replica needs to see."""
         if request.return_routed_experts and not self.engine_args.enable_return_routed_experts:
             raise InvalidRequest(

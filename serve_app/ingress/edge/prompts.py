@@ -63,9 +63,9 @@ class Prompts:
         """Load the tokenizer in the background; whether there is one is seen when it is needed."""
         self._threads.submit(self._load)
 
-    async def encode(self, text: str) -> list[int]:
+    async def tokenize(self, text: str) -> list[int]:
         """Return a text's tokens, with those that the tokenizer begins a text with."""
-        return await self._in_thread(self._encode, text, True)
+        return await self._in_thread(self._tokenize, text, True)
 
     async def render(
         self, messages: Messages, tools: Sequence[Any] | None, options: Mapping[str, Any]
@@ -78,7 +78,7 @@ class Prompts:
         await self._in_thread(self._load)
         return self
 
-    def decode(self, ids: list[int]) -> str:
+    def detokenize(self, ids: list[int]) -> str:
         """Return tokens as text, special ones too."""
         return str(
             self._load().decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -106,7 +106,7 @@ class Prompts:
                     ) from None
             return self._tokenizer
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _tokenize(self, text: str, special: bool) -> list[int]:
         tokenizer = self._load()
         try:
             text.encode()
@@ -133,7 +133,7 @@ class Prompts:
                 f"the model's chat template cannot render these messages:"
                 f" {type(error).__name__}: {str(error)[:200]}"
             ) from None
-        return self._encode(str(text), False)
+        return self._tokenize(str(text), False)
 
 
 def _plain(message: Mapping[str, Any], index: int) -> dict[str, Any]:

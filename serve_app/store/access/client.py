@@ -21,7 +21,8 @@ from serve_app.store.base import Meanwhile, Segments, Unreadable
 from serve_app.store.keys import parse
 from serve_app.store.offers import Offer, offer_of, pack
 from serve_app.store.owner.answers import unpack_described
-from serve_app.store.owner.directory import Settings, find_directory, list_shards, this_node
+from serve_app.store.owner.directory import STORE, Settings, find_directory, list_shards, this_node
+from serve_app.store.protocol import ask_protocol, check_protocol
 from serve_app.store.snapshot import Entry
 from serve_app.types import ShardStats, StoreStats
 
@@ -236,9 +237,10 @@ def connect(app: str, producer: Actor | None = None, timeout_s: float = 10.0) ->
     version of r3serve.
     """
     try:
-        answer: Any = ray.get(find_directory(app).settings.remote(), timeout=timeout_s)
+        directory = find_directory(app)
+        check_protocol(ray.get(ask_protocol(directory, STORE, app), timeout=timeout_s), STORE, app)
+        answer: Any = ray.get(directory.settings.remote(), timeout=timeout_s)
     except RayError as error:
         raise StoreUnavailable(f"the store of {app!r} does not answer: {line(error)}") from None
     settings: Settings = answer
-    settings.check(app)
     return ShardStore(app, settings, producer)

@@ -38,6 +38,7 @@ from serve_app.store.access.client import ShardStore, connect
 from serve_app.store.base import Segments
 from serve_app.store.owner.directory import COMPAT_NAME, compat_owner, list_shards, this_node
 from serve_app.store.owner.presence import is_served
+from serve_app.store.protocol import ask_protocol, check_protocol
 
 _THREADS = 32
 _READERS = 4
@@ -217,7 +218,7 @@ def _actor_class() -> type:
     """
 
     class SharedStore:
-        """Upstream's three methods, and two of ours."""
+        """Upstream's three methods, and three of ours."""
 
         def __init__(self, app: str, namespace: str, args: object) -> None:
             from serve_app.store.access.compat import CompatStore
@@ -237,6 +238,11 @@ def _actor_class() -> type:
         async def r3serve_application(self) -> str:
             return self._app
 
+        async def r3serve_protocol(self) -> int:
+            from serve_app.store.protocol import PROTOCOL
+
+            return PROTOCOL
+
         async def configure(self, args: object) -> None:
             self._store.configure(args)
 
@@ -246,7 +252,8 @@ def _actor_class() -> type:
 def open_compat(app: str, namespace: CompatNamespace, args: StoreArgs) -> ActorHandle[Any]:
     """Make the application's ``shared_store`` in a namespace, or find it and give it ``args``.
 
-    Raises `StoreUnavailable` naming who has that name, if it is not this application's.
+    Raises `StoreUnavailable` naming who has that name, if it is not this application's, and
+    `StoreError` if another version of r3serve began it.
     """
     node_id = ray.get_runtime_context().get_node_id()
     actor: Any = ray.remote(_actor_class())
@@ -266,6 +273,7 @@ def open_compat(app: str, namespace: CompatNamespace, args: StoreArgs) -> ActorH
     try:
         owner = compat_owner(handle, args.call_timeout_s + _START_S)
         if owner == app:
+            _check_version(handle, namespace, app, args.call_timeout_s)
             ray.get(handle.configure.remote(args), timeout=args.call_timeout_s)
             return handle
     except RayError as error:
@@ -279,3 +287,10 @@ def open_compat(app: str, namespace: CompatNamespace, args: StoreArgs) -> ActorH
         f"{name} belongs to application {owner!r}: take {namespace!r} out of the"
         f" store.compat_actors of {owner!r} or {app!r}, or run `r3serve store destroy {owner}`"
     )
+
+
+def _check_version(
+    actor: ActorHandle[Any], namespace: CompatNamespace, app: str, timeout_s: float
+) -> None:
+    what = f"{COMPAT_NAME} in namespace {namespace!r}"
+    check_protocol(ray.get(ask_protocol(actor, what, app), timeout=timeout_s), what, app)

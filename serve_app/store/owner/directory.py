@@ -18,9 +18,10 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.config import CompatNamespace, StoreArgs
-from serve_app.errors import KeyUnreadable, RoutesLost, StoreError, StoreUnavailable, without_frames
+from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable, without_frames
 from serve_app.store.keys import verify
 from serve_app.store.owner.shard import Shard, ShardIdentity
+from serve_app.store.protocol import PROTOCOL, ask_protocol, check_protocol
 
 NAMESPACE = "r3serve"
 COMPAT_NAME = "shared_store"
@@ -29,10 +30,9 @@ _COMPAT_TIMEOUT_S = 5.0
 _RECALL_S = 2.0
 _NAME_POLL_S = 0.02
 _DIRECTORY = "directory"
+STORE = "store"
+"""What its actors are called where they are refused."""
 _SHARD_ID = re.compile("[0-9a-f]{10}")
-
-PROTOCOL = 1
-"""What the store's actors and their callers say to each other; any change of it is another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +41,6 @@ class Settings:
 
     secret: bytes
     args: StoreArgs
-    protocol: int = PROTOCOL
-
-    def check(self, app: str) -> None:
-        """Raise `StoreError` where the store's actors run another version of r3serve.
-
-        They outlive the code that began them, and a trainer may have been built with other code.
-        """
-        if (theirs := getattr(self, "protocol", "unknown")) != PROTOCOL:
-            raise StoreError(
-                f"the store of {app!r} speaks protocol {theirs}, this process {PROTOCOL}: run the"
-                f" same version of r3serve everywhere, and end a store of an earlier one with"
-                f" 'r3serve store destroy {app}'"
-            )
 
 
 class Directory:
@@ -70,6 +57,10 @@ class Directory:
         self._moved: dict[int, str] = {}
         # Asked when there is a question: a shard may not be up yet.
         self._forgot = ray.get_runtime_context().was_current_actor_reconstructed
+
+    def r3serve_protocol(self) -> int:
+        """Say what this actor understands."""
+        return PROTOCOL
 
     def settings(self) -> Settings:
         """Return the secret and the newest arguments."""
@@ -134,6 +125,11 @@ def this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())[:10]
 
 
+def this_cluster() -> str:
+    """Name the Ray cluster that this process asks, for errors: a machine may run several."""
+    return f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
+
+
 def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[Any]:
     """Make the application's directory, or find it and give it ``args``.
 
@@ -156,8 +152,8 @@ def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[A
         return made
 
     try:
-        _, settings = _opened(make, lambda found: found.settings.remote(), timeout_s)
-        settings.check(app)
+        _, theirs = _opened(make, lambda found: ask_protocol(found, STORE, app), timeout_s)
+        check_protocol(theirs, STORE, app)
         directory, _ = _opened(make, lambda found: found.configure.remote(args), timeout_s)
     except ray.exceptions.RayError as error:
         raise StoreUnavailable(f"the directory of {app!r} does not answer: {error}") from None
@@ -191,7 +187,7 @@ def find_directory(app: str) -> ActorHandle[Any]:
         return ray.get_actor(shard_name(app, _DIRECTORY), namespace=NAMESPACE)
     except ValueError:
         raise StoreUnavailable(
-            f"no expert store of an application named {app!r} runs in this cluster"
+            f"no expert store of an application named {app!r} runs in {this_cluster()}"
         ) from None
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from serve_app.cli import main
 from serve_app.cli.serve_config import check_serve_config
 
-GRAPHS = Path(__file__).parents[2] / "graphs"
+GRAPHS = Path(__file__).parents[3] / "graphs"
 SHIPPED = sorted(GRAPHS.glob("*.yaml"))
 
 

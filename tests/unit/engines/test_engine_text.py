@@ -25,7 +25,7 @@ def word_decode(tokens: list[int]) -> str:
 
 def stream(decode: Callable[[list[int]], str], tokens: list[int]) -> list[str]:
     detokenizer = Detokenizer(decode)
-    return [*(detokenizer.push(token) for token in tokens), detokenizer.finish()]
+    return [*(detokenizer.feed(token) for token in tokens), detokenizer.finish()]
 
 
 def test_characters_come_whole() -> None:
@@ -73,7 +73,7 @@ def test_a_long_run_without_characters_does_not_pile_up(filler: int) -> None:
 
 def stops(strings: tuple[str, ...], pieces: list[str]) -> tuple[list[str], bool]:
     found = StopStrings(strings)
-    shown = [found.push(piece) for piece in pieces]
+    shown = [found.feed(piece) for piece in pieces]
     return [*shown, found.finish()], found.found
 
 
@@ -108,7 +108,7 @@ def test_what_is_shown_is_the_text_before_the_first_stop_string(
     shown = ""
     for piece in pieces:
         text += piece
-        shown += matcher.push(piece)
+        shown += matcher.feed(piece)
         places = [text.index(string) for string in strings if string in text]
         assert matcher.found == bool(places)
         if places:

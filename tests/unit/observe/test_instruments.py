@@ -23,7 +23,7 @@ from serve_app.store.owner.metrics import COUNTERS, GAUGES, LATENCY, metric_name
 from serve_app.types import GenerateResult, MissingRows
 from tests.k8s.dashboard import dashboard_names, queries
 
-DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+DOCS = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
 OURS: Declared = {**ENGINE, **DECODER, **STORE, **INGRESS}
 SHARDS = {metric_name(field) for field in (*GAUGES, *COUNTERS)} | {LATENCY}
 

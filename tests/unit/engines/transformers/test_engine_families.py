@@ -30,7 +30,7 @@ from tests.engine_contract import (
 )
 from tests.families import FAMILIES as ALL_FAMILIES
 from tests.families import UNRECORDABLE, VOCAB, tiny
-from tests.unit.engines.transformers.test_transformers_engine import PlainModel
+from tests.plain_model import PlainModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,6 @@
 """Scenarios that need a cluster of their own; a test runs one in its own process.
 
-    python -m tests.cluster.fault_scenarios NAME
+    python -m tests.cluster.nodes.fault_scenarios NAME
 
 Prints one JSON object of what was seen, for the test to judge.
 """
@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster
 from serve_app.config import StoreArgs
 from serve_app.store.access.client import ShardStore, connect
 from serve_app.store.owner.directory import open_directory
-from tests.cluster.test_shard_store import EngineLike, start
+from tests.cluster.nodes.actors import EngineLike, start
 from tests.store_contract import LARGE, read, record
 
 Seen = dict[str, Any]
