@@ -18,6 +18,7 @@ from benchmarks.harness.lines import emit
 from benchmarks.harness.machine import describe, versions
 from benchmarks.harness.measuring import Path, Target, Times, interleaved
 from benchmarks.harness.rollouts import RolloutEngine, Rollouts, Shape
+from benchmarks.harness.routes import random_routes
 from benchmarks.harness.upstream import SharedStore
 from serve_app.client import RoutedExpertsClient
 from serve_app.types import ExpertBatch, RankSlice, RoutedSequence
@@ -57,7 +58,7 @@ def put(shape: Shape) -> Rollouts:
 def shape_line(shape: Shape, repeat: int) -> dict[str, Any]:
     """Keys to one tensor, here and through the decoder, beside numpy's copy of the same arrays."""
     rollouts = put(shape)
-    arrays = [rollouts.client.get(sequence.key).ids for sequence in rollouts.sequences]
+    arrays = [rollouts.client.get(str(sequence.key)).ids for sequence in rollouts.sequences]
     reused = np.full(shape.packed, 0, np.uint8)
     out = rollouts.read(where="local")(None).ids
     narrow = [
@@ -145,7 +146,7 @@ def turns_line(turns: int) -> dict[str, Any]:
 
 
 def _turn(number: int) -> Any:
-    return np.random.default_rng(number).integers(EXPERTS, size=(TURN_ROWS, 48, 8), dtype=np.uint8)
+    return random_routes((TURN_ROWS, 48, 8), EXPERTS, seed=number)
 
 
 def _our_turns(turns: int) -> Iterator[int]:

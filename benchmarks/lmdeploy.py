@@ -20,13 +20,13 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import ray
 
 from benchmarks.harness.cluster import start
 from benchmarks.harness.engine_host import STORE, TALKS, EngineHost, StoreIsUp, conversations
 from benchmarks.harness.lmdeploy_engine import without_cuda
 from benchmarks.harness.measuring import Times
+from benchmarks.harness.routes import random_routes
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.rollout.engine import InferenceEngine
@@ -97,8 +97,7 @@ class FinishingHost:
         self._instance = engine._backend.engine.create_instance()
         self._instance._enable_transfer_obj_ref = True
         self._tokens = [index % 500 for index in range(rows)]
-        dice = np.random.default_rng(0)
-        self._rows = dice.integers(EXPERTS, size=ROWS, dtype=np.uint16)
+        self._rows = random_routes(ROWS, EXPERTS)
 
     async def ready(self) -> None:
         """Answer once the engine is there."""
@@ -131,8 +130,8 @@ class FinishingHost:
         chunk = stream.take()
         assert chunk is not None
         assert chunk.record is not None
-        assert chunk.record.meta.nbytes == 12 << 20
-        key = await self._keys.put(request, chunk.record, [*self._tokens, 7], None)
+        assert chunk.record.meta.ids_nbytes == 12 << 20
+        key = await self._keys.put(request, chunk.record, None)
         return self._keys.release([key])
 
     async def _theirs(self, number: int) -> Awaitable[object]:

@@ -20,9 +20,10 @@ from benchmarks.harness.lines import emit
 from benchmarks.harness.machine import describe, versions
 from benchmarks.harness.measuring import Path, Target, Times, Took, interleaved
 from benchmarks.harness.producers import Producer
+from benchmarks.harness.routes import random_routes
 from benchmarks.harness.upstream import SharedStore
 from serve_app.config import StoreArgs
-from serve_app.continuing import continued
+from serve_app.continuing import put_continued
 from serve_app.records import make_record
 from serve_app.store.access.client import ShardStore, connect
 from serve_app.store.owner.directory import open_directory
@@ -167,8 +168,7 @@ def loop(repeat: int, quick: bool) -> Iterator[Line]:
 
 def group(repeat: int, quick: bool) -> Iterator[Line]:
     """Bytes of a group whose members share their prompt's rows, and of one that shares none."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(128, size=(PROMPT + NEW - 1, 48, 8), dtype=np.uint8)
+    ids = random_routes((PROMPT + NEW - 1, 48, 8), 128)
     held = {}
     for shared in (False, True):
         store = open_store(f"group_{shared}")
@@ -176,8 +176,9 @@ def group(repeat: int, quick: bool) -> Iterator[Line]:
         parent = store.put(make_record(ids[:PROMPT], num_experts=128)) if shared else None
         members = []
         for _ in range(GROUP):
-            rest = continued(store, record, parent) if parent else (record, None)
-            members.append(store.put(rest[0], parent=rest[1]))
+            members.append(
+                put_continued(store, record, parent).key if parent else store.put(record)
+            )
         if parent:
             store.release([parent])
         for found in store.fetch(members):

@@ -83,6 +83,10 @@ class RoutesLost(KeyUnreadable):
     """The shard that held the bytes is gone. Sample again, or mask."""
 
 
+class ModelUnknown(RoutesLost):
+    """None of a batch's sequences has routes left, so not even their shape is known."""
+
+
 class RoutesGap(StoreError, ValueError):
     """Rows inside a sequence were never captured."""
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -27,6 +26,7 @@ from schemathesis import GenerationMode
 
 import tests.conftest  # noqa: F401  # sets the environment before Ray loads
 from examples.tiny_moe import write_checkpoint
+from tests.distinct_ids import distinct_ids
 from tests.http_server import LocalGraph, listening
 
 schemathesis.checks.load_all_checks()
@@ -131,8 +131,7 @@ def _use(case: Any, key: str, rng: random.Random) -> None:
 def fuzz(model: Path, seconds: float, seed: int) -> tuple[dict[str, Any], list[str]]:
     """Serve a small model and fuzz it; return a report and what was wrong."""
     graph = LocalGraph(model, enable_return_routed_experts=True, enable_transfer_obj_ref=True)
-    ids = np.random.default_rng(0).integers(16, size=(40, 4, 4))
-    key = graph.client.put(ids, num_experts=16)
+    key = graph.client.put(distinct_ids((40, 4, 4), 16), num_experts=16)
     edge = graph.edge(
         model_name="tiny", access_log=False, max_body_bytes=1 << 16, control_timeout_s=5
     )

@@ -37,7 +37,8 @@ def main() -> None:
         serve.start(proxy_location="Disabled")
         serve.run(build(StoreGraphArgs()), name="rollout", route_prefix=None)
         client = RoutedExpertsClient("rollout")
-        ids = np.random.default_rng(0).integers(0, 128, (300, 48, 8))
+        experts = np.tile(np.arange(128), (300, 48, 1))
+        ids = np.random.default_rng(0).permuted(experts, axis=-1)[..., :8]
         key = client.put(ids, num_experts=128)
         for where in ("local", "decoder"):
             batch = client.materialize([RoutedSequence(key, 300)], where=where)

@@ -19,6 +19,7 @@ from serve_app.errors import (
 )
 from serve_app.records import Record, make_record
 from serve_app.store.base import RecordStore
+from tests.distinct_ids import distinct_ids
 
 LARGE = (600, 48, 8)  # over the size up to which a record's bytes stay in the shard
 SMALL = (20, 4, 2)
@@ -30,8 +31,7 @@ class MakeStore(Protocol):
 
 
 def record(shape: tuple[int, int, int] = SMALL, *, start: int = 0, seed: int = 0) -> Record:
-    ids = np.random.default_rng(seed).integers(0, 128, shape)
-    return make_record(ids, num_experts=128, start=start)
+    return make_record(distinct_ids(shape, 128, seed), num_experts=128, start=start)
 
 
 def read(store: RecordStore, key: str) -> list[Record]:

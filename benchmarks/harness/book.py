@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.harness.routes import random_routes
 from serve_app.errors import (
     KeyExpired,
     KeyReleased,
@@ -40,8 +41,7 @@ class Part:
         return self.start + self.rows
 
     def ids(self) -> Ids:
-        shape = (self.rows, LAYERS, TOP_K)
-        return np.random.default_rng(self.seed).integers(NUM_EXPERTS, size=shape, dtype=np.uint8)
+        return random_routes((self.rows, LAYERS, TOP_K), NUM_EXPERTS, self.seed)
 
 
 @dataclass(slots=True)

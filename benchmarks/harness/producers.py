@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from benchmarks.harness.routes import random_routes
 from serve_app.records import Record, make_record
 from serve_app.store.access.client import ShardStore, connect
 
@@ -21,8 +22,7 @@ class Producer:
     def __init__(self, shape: tuple[int, int, int], count: int, upstream: Any, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self._records = [
-            make_record(rng.integers(128, size=shape, dtype=np.uint8), num_experts=128)
-            for _ in range(count)
+            make_record(random_routes(shape, 128, rng), num_experts=128) for _ in range(count)
         ]
         self._upstream = upstream
         self._store: ShardStore

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import ray
 
+from benchmarks.harness.routes import random_routes
 from serve_app.client import RoutedExpertsClient
-from serve_app.records import Record, make_record, narrowest_dtype
+from serve_app.records import Record, make_record
 from serve_app.store.access.client import connect
 from serve_app.types import ExpertBatch, RoutedSequence
 
@@ -90,7 +90,7 @@ class Rollouts:
         It drops many records over some turns of its loop: what is measured next neither shares
         the machine with that nor counts these bytes.
         """
-        self.client.release([sequence.key for sequence in self.sequences])
+        self.client.release([str(sequence.key) for sequence in self.sequences])
         give_up = time.monotonic() + _EMPTY_S
         while left := self.client.stats().live_bytes:
             if time.monotonic() > give_up:
@@ -99,8 +99,4 @@ class Rollouts:
 
 
 def _record(shape: Shape, num_experts: int, seed: int) -> Record:
-    dtype = narrowest_dtype(num_experts)
-    ids: npt.NDArray[Any] = np.random.default_rng(seed).integers(
-        num_experts, size=shape.each, dtype=dtype
-    )
-    return make_record(ids, num_experts=num_experts)
+    return make_record(random_routes(shape.each, num_experts, seed), num_experts=num_experts)

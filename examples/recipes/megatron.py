@@ -3,19 +3,23 @@
 Every sequence is padded to ``2 * cp * tp`` rows, cut into ``2 * cp`` chunks of which rank r takes
 r and, from the end, r again; sequence parallelism then splits the tokens over the tensor parallel
 ranks. A virtual stage's routers get one ``[tokens, top_k]`` each, in the order of its layers.
+Other trainers on Megatron pad otherwise, see `examples.recipes.slices`, and pipelines need not be
+even, see `examples.recipes.stages`.
 
     python -m examples.recipes.megatron
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
 from examples.recipes.samples import Model, Sample, put_samples, served_store
+from examples.recipes.slices import Place, verl
+from examples.recipes.stages import stages
 from serve_app.client import RoutedExpertsClient
-from serve_app.types import ExpertBatch, RankSlice, RoutedSequence
+from serve_app.types import ExpertBatch, RoutedSequence
 
 MODEL = Model(dense_layers=(0, 5))
 
@@ -31,9 +35,7 @@ class Grid:
 
     def stage(self, layers: int, pp_rank: int, vp_rank: int) -> tuple[int, ...]:
         """Return a virtual stage's global layers: chunks go round the pipeline ranks."""
-        each = layers // (self.pp * self.vp)
-        first = (vp_rank * self.pp + pp_rank) * each
-        return tuple(range(first, first + each))
+        return stages(layers, self.pp, self.vp)[pp_rank][vp_rank]
 
 
 def stage_routes(
@@ -49,22 +51,17 @@ def stage_routes(
     """Return a batch for each virtual stage of one rank; only their bytes leave the store's node.
 
     All tokens of a sample are trained on, so its last row was never captured: it is
-    ``valid=False`` as padding is. Megatron's router replay routes by the ids alone, so both get
-    distinct ids, and the loss mask leaves them out.
+    ``valid=False`` as padding is. A router that routes by the ids alone needs distinct ones for
+    both, and the loss mask leaves them out; one that takes a mask wants ``batch.valid``.
     """
     sequences = [RoutedSequence(sample.key, sample.tokens) for sample in samples]
+    rows = verl(Place(grid.cp, cp_rank, grid.tp, tp_rank))
     return [
         client.materialize(
             sequences,
             pad="spread",
-            rank=RankSlice(
-                seq_multiple=2 * grid.cp * grid.tp,
-                cp_size=grid.cp,
-                cp_rank=cp_rank,
-                sp_size=grid.tp,
-                sp_rank=tp_rank,
-                layers=grid.stage(model.layers, pp_rank, vp_rank),
-                dense_layers="drop",
+            rank=replace(
+                rows, layers=grid.stage(model.layers, pp_rank, vp_rank), dense_layers="drop"
             ),
         )
         for vp_rank in range(grid.vp)

@@ -8,13 +8,15 @@ splits them over the tensor parallel ranks.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
 
 from examples.recipes.samples import Model, Sample, put_samples, served_store
+from examples.recipes.slices import Place, slime
 from serve_app.client import RoutedExpertsClient
-from serve_app.types import ExpertBatch, RankSlice, RoutedSequence
+from serve_app.types import ExpertBatch, RoutedSequence
 
 MODEL = Model()
 CP, TP, PAD_MULTIPLIER = 2, 2, 16
@@ -36,14 +38,8 @@ def routing_replay(
     return client.materialize(
         [RoutedSequence(sample.key, sample.tokens) for sample in samples],
         pad="spread",
-        rank=RankSlice(
-            seq_multiple=2 * CP,
-            total_multiple=TP * PAD_MULTIPLIER,
-            tail="rank",
-            cp_size=CP,
-            cp_rank=cp_rank,
-            sp_size=TP,
-            sp_rank=tp_rank,
+        rank=replace(
+            slime(Place(CP, cp_rank, TP, tp_rank), PAD_MULTIPLIER),
             layers=layers,
             dense_layers="drop",
         ),

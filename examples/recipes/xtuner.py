@@ -1,7 +1,8 @@
 """xtuner: one pack's ``rollout_routed_experts``, int64, padded and split as its trainer does.
 
 xtuner trains on ``prompt + response[:-1]``, packs samples to ``pack_max_length`` with random
-expert ids behind them, and each sequence parallel rank takes its contiguous share.
+expert ids behind them, and each sequence parallel rank takes its contiguous share. It draws each
+id by itself, so a row of padding may have an expert twice; ``pad="random"`` deals them out evenly.
 
     python -m examples.recipes.xtuner
 """
@@ -33,7 +34,7 @@ def rollout_routed_experts(
     return client.materialize(
         [RoutedSequence(sample.key, sample.tokens - 1) for sample in samples],
         dtype="int64",
-        pad="random",
+        pad="random_with_repetition",
         pad_seed=seed,
         rank=RankSlice(total_multiple=pack_max_length, sp_size=sp_size, sp_rank=sp_rank),
     )

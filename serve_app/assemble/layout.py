@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from serve_app.assemble.beside import Beside
 from serve_app.assemble.copying import KEPT_ELEMENTS, Copies, Target
 from serve_app.assemble.padding import Padding
 from serve_app.assemble.stitch import Stitched
@@ -25,7 +26,8 @@ class Filling:
     ``valid`` is all True to begin with. What records cover is only noted in ``copies``; it stands
     there after their ``run``. A piece of a sequence should cost little whatever its size, so
     views are made once a batch and once a record, and a piece is two slices of them. There are
-    about ``pieces`` of them.
+    about ``pieces`` of them. ``beside`` is filled with the same rows' other values, and
+    ``unrouted`` counts those that records themselves call invalid.
     """
 
     def __init__(
@@ -37,10 +39,13 @@ class Filling:
         padding: Padding,
         copies: Copies,
         pieces: int = 1,
+        beside: Beside | None = None,
     ) -> None:
         self._ids = ids
         self._valid = valid
         self._padding = padding
+        self._beside = beside
+        self.unrouted = 0
         self._blocks = blocks_of(columns)
         whole = len(self._blocks) == 1 and len(columns) == model.layers
         short = copies.shared(ids.nbytes) and len(ids) <= KEPT_ELEMENTS * pieces
@@ -50,12 +55,12 @@ class Filling:
         self._pairs: list[tuple[Target, Array]] = []
 
     def pad(self, begin: int, count: int, at: int) -> None:
-        """Fill ``count`` rows that no record has, the padded batch's from ``at`` on."""
+        """Fill ``count`` rows that no record has, numbered from ``at`` on."""
         here = slice(begin, begin + count)
         self._padding.fill(self._ids[here], self._valid[here], at)
 
     def fill(self, begin: int, plan: Stitched, at: int = 0) -> None:
-        """Fill rows of one sequence from ``begin`` on, the padded batch's from ``at`` on."""
+        """Fill rows of one sequence from ``begin`` on, numbered from ``at`` on."""
         for first, count in (*plan.missing, *plan.tail):
             self.pad(begin + first, count, at + first)
         for target, segment, source, count in plan.runs:
@@ -70,9 +75,12 @@ class Filling:
         end = source + count
         for target, rows in self._pairs:
             target.add(begin, rows[source:end])
+        if self._beside is not None:
+            self._beside.copy(begin, segment, source, count)
         for row in segment.meta.invalid:
             if source <= row < end:
                 self._valid[begin + row - source] = False
+                self.unrouted += 1
 
     def _rows(self, ids: Array) -> Array:
         """View each row ``[columns, top_k]`` as one element where no id is widened.

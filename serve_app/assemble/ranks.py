@@ -2,11 +2,17 @@
 
 One fixed order, so that every rank computes the same: pad each sequence to a multiple, pad the
 total, split over context parallel ranks, pad the rank's rows, split over sequence parallel ranks.
-Gathered over all ranks in the same order, the pieces are the whole padded batch; ``at`` is where
-in it a piece belongs.
+Gathered over all ranks in the same order, the pieces are the whole padded batch.
 
-Zigzag is Megatron's load balancing for causal attention: each padded sequence is cut into
-2·cp chunks, and rank r takes chunk r and, counted from the end, chunk r again.
+Zigzag is Megatron's load balancing for causal attention: each padded sequence (or, as
+``zigzag_buffer``, all of them as one) is cut into 2·cp chunks, and rank r takes chunk r and,
+counted from the end, chunk r again.
+
+Rows are numbered for `serve_app.assemble.padding`, which deals experts out by number. Rows of
+padding count up from 0 over the whole padded batch. Rows of sequences count down: the last row of
+the first is -1, that of the second -2, and so on, since a sequence's last row is often the one
+that was never captured; those before it follow downwards. So the rows that are usually filled have
+numbers in one stretch, whatever their places, and no rank needs to know what others found.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +29,7 @@ Range = tuple[int, int]
 class Piece(NamedTuple):
     """``count`` rows from row ``first`` of a sequence on; of padding where it is None.
 
-    ``at`` is the row of the padded batch where they begin.
+    ``at`` is the number of the first of them, see above.
     """
 
     sequence: int | None
@@ -117,8 +123,10 @@ def _context_parallel(boundaries: Sequence[int], rank: RankSlice) -> list[Range]
         share = _share(high - low, size, "rows of the padded batch", "cp_size")
         return [(low + index * share, low + (index + 1) * share)]
     ranges: list[Range] = []
-    for begin, end in pairwise(boundaries):
-        chunk = _share(end - begin, 2 * size, "rows of a padded sequence", "2 * cp_size")
+    buffer = rank.cp == "zigzag_buffer"
+    what = "rows of the padded batch" if buffer else "rows of a padded sequence"
+    for begin, end in [(low, high)] if buffer else pairwise(boundaries):
+        chunk = _share(end - begin, 2 * size, what, "2 * cp_size")
         first, last = begin + index * chunk, end - index * chunk
         ranges += ((first, first + chunk), (last - chunk, last))
     return ranges
@@ -152,19 +160,21 @@ def _pieces(ranges: list[Range], lengths: Sequence[int], boundaries: list[int]) 
     """Cut ascending ranges of padded rows where sequences and their padding begin."""
     pieces: list[Piece] = []
     index, count = 0, len(lengths)
+    real = 0
     for at, end in ranges:
         while at < end:
             while index < count and boundaries[index + 1] <= at:
+                real += lengths[index]
                 index += 1
             if index == count:
-                pieces.append(Piece(None, 0, end - at, at))
+                pieces.append(Piece(None, 0, end - at, at - real))
                 break
             begin, stop = boundaries[index], min(end, boundaries[index + 1])
-            real_end = begin + lengths[index]
-            if at < real_end:
-                stop = min(stop, real_end)
-                pieces.append(Piece(index, at - begin, stop - at, at))
+            length = lengths[index]
+            if (first := at - begin) < length:
+                stop = min(stop, begin + length)
+                pieces.append(Piece(index, first, stop - at, first - length - index))
             else:
-                pieces.append(Piece(None, 0, stop - at, at))
+                pieces.append(Piece(None, 0, stop - at, at - real - length))
             at = stop
     return pieces

@@ -12,7 +12,7 @@ from serve_app.types import RoutedSequence
 class SequenceTable(NamedTuple):
     """The fields of `RoutedSequence`, each of all sequences."""
 
-    keys: list[str]
+    keys: list[str | None]
     lengths: list[int]
     firsts: list[int]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from serve_app.assemble.beside import Beside
 from serve_app.assemble.copying import Copies
 from serve_app.assemble.destination import Allocate, Array, destination
 from serve_app.assemble.padding import Padding
@@ -71,6 +72,11 @@ def join(
     ids = destination(out, (*rows.lead, *each), first.ids.dtype, spec.dtype, allocate)
     valid = np.empty(rows.lead, dtype=np.bool_)
     flat, flat_valid = ids.reshape(rows.rows, *each), valid.reshape(rows.rows)
+    beside = Beside(
+        rows.rows,
+        (version for answer in answers for version in answer.versions),
+        tokens="tokens" in spec.tracks,
+    )
     copies = Copies()
     target = copies.into(flat)
     for share, answer in zip(shares, answers, strict=True):
@@ -79,6 +85,7 @@ def join(
             there = slice(at, at := at + here.stop - here.start)
             target.add(here.start, answer.ids[there])
             flat_valid[here] = answer.valid[there]
+            beside.take(here, answer, there)
     padding = Padding(spec, first.num_experts, first.columns)
     for here, piece in rows.placed():
         if piece.sequence is None:
@@ -95,4 +102,8 @@ def join(
         valid=valid,
         cu_seqlens=np.array(rows.boundaries, dtype=np.int32),
         missing=tuple(sorted(missing, key=lambda gap: (gap.index, gap.first))),
+        versions=beside.versions,
+        version_of=beside.version_of.reshape(rows.lead),
+        tokens=None if beside.tokens is None else beside.tokens.reshape(rows.lead),
+        unrouted=sum(answer.unrouted for answer in answers),
     )

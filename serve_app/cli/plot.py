@@ -55,9 +55,8 @@ def _records(
     attach(address)
     store, done = connect(source), 0
     total = store.stats().live_keys
-    for entries, arrays in store.pages(tag):
-        for entry, ids in zip(entries, arrays, strict=True):
-            yield Record(entry.meta, ids)
+    for entries, records in store.pages(tag):
+        yield from records
         done += len(entries)
         progress(done, max(done, total))
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from serve_app.client.blocking import RoutedExpertsClient, failed
+from serve_app.client.blocking import RoutedExpertsClient
+from serve_app.client.requests import failed
 from serve_app.client.served import Handles, ServedGraph, await_answer
 from serve_app.errors import R3Error
 from serve_app.records import Record
@@ -157,9 +158,17 @@ class AsyncRoutedExpertsClient:
         """See `RoutedExpertsClient.renew`."""
         return await asyncio.to_thread(self._sync.renew, keys, tag=tag, lease_s=lease_s)
 
-    async def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
+    async def release(
+        self,
+        keys: Sequence[str] = (),
+        *,
+        tag: str | None = None,
+        weight_version_below: int | None = None,
+    ) -> int:
         """See `RoutedExpertsClient.release`."""
-        return await asyncio.to_thread(self._sync.release, keys, tag=tag)
+        return await asyncio.to_thread(
+            self._sync.release, keys, tag=tag, weight_version_below=weight_version_below
+        )
 
     async def stats(self) -> StoreStats:
         """See `RoutedExpertsClient.stats`."""

@@ -11,21 +11,27 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
+from serve_app.client.keys import Key
 from serve_app.client.reading import Reader
+from serve_app.client.requests import failed, which
 from serve_app.client.served import Handles, ServedGraph, wait_answer
-from serve_app.continuing import continued
+from serve_app.continuing import put_continued
 from serve_app.errors import R3Error
-from serve_app.records import Record, make_record
+from serve_app.records import Record, Rows, Track, make_record
 from serve_app.store.access.archive import restore, save
 from serve_app.store.snapshot import Progress, SnapshotReport
 from serve_app.types import (
     BatchSpec,
+    BatchTrack,
     ExpertBatch,
     GenerateChunk,
     GenerateRequest,
     GenerateResult,
+    ModelShape,
+    OnDivergence,
     OnMissing,
     OutputDtype,
+    Pad,
     RankSlice,
     RoutedSequence,
     SleepLevel,
@@ -147,15 +153,21 @@ class RoutedExpertsClient:
         moe_layers: Sequence[int] | None = None,
         weight_version: int = 0,
         tokens: Sequence[int] | None = None,
+        valid: Rows | None = None,
+        tracks: Mapping[str, Track | npt.NDArray[Any]] | None = None,
         parent: str | None = None,
+        on_divergence: OnDivergence = "raise",
         tag: str | None = None,
         lease_s: float | None = None,
-    ) -> str:
+    ) -> Key:
         """Store routes ``[rows, layers, top_k]`` of an engine outside the graph; return the key.
 
         With ``parent``, the key of an earlier part, the new key reads as the whole sequence,
-        and rows that the parent has are not stored again if it lives on this node. See
-        `serve_app.records.make_record` for the other arguments and what is refused.
+        and rows that the parent has are not stored again if it lives on this node. Where tokens
+        part from the parent's, `PrefixMismatch` says at which position; with
+        ``on_divergence="prefix"`` only the rows before are taken over, and the key's
+        ``continued_rows`` says how many. See `serve_app.records.make_record` for the other
+        arguments and what is refused.
         """
         record = make_record(
             ids,
@@ -164,10 +176,14 @@ class RoutedExpertsClient:
             moe_layers=moe_layers,
             weight_version=weight_version,
             tokens=tokens,
+            valid=valid,
+            tracks=tracks,
         )
-        if parent is not None:
-            record, parent = continued(self._graph.store, record, parent)
-        return self._graph.store.put(record, tag=tag, lease_s=lease_s, parent=parent)
+        store = self._graph.store
+        if parent is None:
+            return Key(store.put(record, tag=tag, lease_s=lease_s))
+        put = put_continued(store, record, parent, on_divergence, tag=tag, lease_s=lease_s)
+        return Key(put.key, put.rows)
 
     def get(self, key: str) -> Record:
         """Return a key's whole sequence; ``ids`` is read-only and, where possible, zero-copy."""
@@ -192,8 +208,10 @@ class RoutedExpertsClient:
         dtype: OutputDtype | None = None,
         rank: RankSlice | None = None,
         on_missing: OnMissing = "raise",
-        pad: Literal["mask", "spread", "random"] = "mask",
+        pad: Pad = "mask",
         pad_seed: int = 0,
+        tracks: Sequence[BatchTrack] = (),
+        model: ModelShape | None = None,
         where: Where = "auto",
         out: "torch.Tensor | None" = None,
         pin: bool = False,
@@ -203,12 +221,16 @@ class RoutedExpertsClient:
         ``rank`` cuts one trainer rank's rows and layers out; see `serve_app.types.RankSlice`, and
         `BatchSpec` for ``layout`` and ``pad``. ``dtype=None`` keeps the stored width. ``out``, a
         CPU tensor of the right shape and dtype, is filled instead of a new one; ``pin`` makes the
-        new one page-locked where CUDA is.
+        new one page-locked where CUDA is. ``tracks=["tokens"]`` brings ``batch.tokens`` along.
+        ``model`` says the shape of a batch of which nothing is left; by default the graph's engine
+        is asked.
         ``where="local"`` assembles in this process straight from shared memory, ``"decoder"`` in
         decoder replicas next to the bytes, ``"auto"`` locally if all bytes are on this node. See
         `serve_app.materialize.materialize` for the errors.
         """
-        spec = BatchSpec(dtype, on_missing, layout, rank or RankSlice(), pad, pad_seed)
+        spec = BatchSpec(
+            dtype, on_missing, layout, rank or RankSlice(), pad, pad_seed, tuple(tracks), model
+        )
         return self._reader.assemble(sequences, spec, where, out, pin)
 
     def prefetch(self, sequences: Sequence[RoutedSequence], **how: Any) -> "Future[ExpertBatch]":
@@ -241,9 +263,18 @@ class RoutedExpertsClient:
         """Let leases end ``lease_s`` seconds from now; return how many."""
         return self._graph.store.renew(keys, tag=tag, lease_s=lease_s)
 
-    def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
-        """End keys, or all under a tag; return how many were live. Idempotent."""
-        return self._graph.store.release(keys, tag=tag)
+    def release(
+        self,
+        keys: Sequence[str] = (),
+        *,
+        tag: str | None = None,
+        weight_version_below: int | None = None,
+    ) -> int:
+        """End keys, all under a tag, or all of earlier weights; return how many were live.
+
+        A key's weights are those of its newest part. Idempotent.
+        """
+        return self._graph.store.release(keys, tag=tag, weight_version_below=weight_version_below)
 
     def stats(self) -> StoreStats:
         """Return what the store holds now and what happened so far."""
@@ -262,24 +293,3 @@ class RoutedExpertsClient:
     def restore(self, path: str | Path, *, progress: Progress | None = None) -> SnapshotReport:
         """Bring a snapshot's keys back, on this node; altered files are refused by name."""
         return restore(self._graph.shards, Path(path), progress)
-
-
-def which(request_id: str | None, everything: bool) -> str | None:
-    """Return the one request to abort, None for all; raise `ValueError` unless one is chosen."""
-    if (request_id is None) != everything:
-        raise ValueError(f"expected a request_id or all=True, got {request_id=} all={everything}")
-    return request_id
-
-
-def failed(request: GenerateRequest, error: R3Error) -> GenerateResult:
-    """Return the result of a batch's member that could not be sampled."""
-    return GenerateResult(
-        request_id=request.request_id,
-        output_ids=[],
-        logprobs=[],
-        text="",
-        finish_reason="error",
-        prompt_tokens=len(request.input_ids),
-        weight_version=-1,
-        error=f"{type(error).__name__}: {error}",
-    )

@@ -1,15 +1,19 @@
 """Reading keys: where to assemble, and how often to try."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from serve_app.assemble.destination import Allocate, Array
 from serve_app.assemble.joining import joined
 from serve_app.assemble.shares import Nodes
+from serve_app.client.metrics import ReaderMetrics
 from serve_app.client.remote import Decoders
-from serve_app.client.served import ServedGraph
+from serve_app.client.served import ServedGraph, wait_answer
+from serve_app.errors import EngineUnavailable, ModelUnknown
 from serve_app.materialize import materialize
 from serve_app.records import Record
 from serve_app.store.access.client import ShardStore
@@ -18,6 +22,7 @@ from serve_app.store.owner.directory import this_node
 from serve_app.types import (
     BatchSpec,
     ExpertBatch,
+    ModelShape,
     PackedExperts,
     RoutedSequence,
     Where,
@@ -36,13 +41,19 @@ class Reader:
     def __init__(self, graph: ServedGraph) -> None:
         self._graph = graph
         self._decoders = Decoders(graph)
+        self._metrics = ReaderMetrics(graph.app)
 
     def get(self, key: str) -> Record:
-        """Return a key's whole sequence as one record."""
-        (found,) = self._graph.store.fetch([key])
+        """Return a key's whole sequence as one record, with all of its tracks."""
+        (found,) = self._graph.store.fetch([key], tracks=self._tracks_of(key))
         if not isinstance(found, list):
             raise type(found)(f"key {shorten(key)}: {found}")
         return found[0] if len(found) == 1 else joined(found)
+
+    def _tracks_of(self, key: str) -> Sequence[str]:
+        (chain,) = self._graph.store.describe([key])
+        metas = chain if isinstance(chain, list) else []  # the read says why
+        return list({track.name: None for meta in metas for track in meta.tracks})
 
     def decode(self, payload: Payload, expected: Expected, allow_pickle: bool) -> Record:
         """See `serve_app.client.RoutedExpertsClient.decode`."""
@@ -66,11 +77,39 @@ class Reader:
             raise ValueError(f"where must be 'auto', 'local' or 'decoder', got {where!r}")
         target = None if out is None else out.numpy()
         allocate = _pinned if pin else None
-        if (nodes := self._elsewhere(sequences, where)) is None:
-            packed = materialize(self._graph.store, sequences, spec, target, allocate or np.empty)
-        else:
-            packed = self._decoders.gather(sequences, nodes, spec, target, allocate)
+        try:
+            packed = self._packed(sequences, spec, where, target, allocate)
+        except ModelUnknown:
+            if spec.on_missing == "raise" or spec.model is not None:
+                raise
+            spec = replace(spec, model=self._served_model())
+            packed = self._packed(sequences, spec, where, target, allocate)
         return _as_tensors(packed, out)
+
+    def _packed(
+        self,
+        sequences: Sequence[RoutedSequence],
+        spec: BatchSpec,
+        where: Where,
+        out: Array | None,
+        allocate: Allocate | None,
+    ) -> PackedExperts:
+        if (nodes := self._elsewhere(sequences, where)) is not None:
+            return self._decoders.gather(sequences, nodes, spec, out, allocate)
+        packed = materialize(self._graph.store, sequences, spec, out, allocate or np.empty)
+        self._metrics.assembled(packed)
+        return packed
+
+    def _served_model(self) -> ModelShape:
+        """Ask the graph's engine which model it has; `ModelUnknown` where there is none."""
+        try:
+            info = wait_answer(self._graph.engine.info.remote(), self._graph.timeout_s)
+        except (EngineUnavailable, AttributeError):
+            raise ModelUnknown(
+                "none of the sequences has routes left, and no engine is served here that knows"
+                " their shape: expected model=ModelShape(layers, top_k, num_experts, moe_layers)"
+            ) from None
+        return ModelShape(info.layers, info.top_k, info.num_experts, tuple(info.moe_layers))
 
     def _elsewhere(self, sequences: Sequence[RoutedSequence], where: Where) -> Nodes | None:
         """Return the nodes to read at, None to read here."""
@@ -80,9 +119,17 @@ class Reader:
         if not isinstance(store, ShardStore):
             return {"": range(len(sequences))}
         nodes: dict[str, list[int]] = {}
+        keyless: list[int] = []
         for number, sequence in enumerate(sequences):
-            nodes.setdefault(parse(sequence.key, store.app).shard, []).append(number)
-        return None if where == "auto" and set(nodes) <= {this_node()} else nodes
+            if sequence.key is None:
+                keyless.append(number)
+            else:
+                nodes.setdefault(parse(sequence.key, store.app).shard, []).append(number)
+        if where == "auto" and set(nodes) <= {this_node()}:
+            return None
+        if keyless:  # nowhere: told of where the first of the others is
+            nodes.setdefault(next(iter(nodes), ""), []).extend(keyless)
+        return nodes
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -102,4 +149,7 @@ def _as_tensors(packed: PackedExperts, out: "torch.Tensor | None") -> ExpertBatc
         columns=packed.columns,
         num_experts=packed.num_experts,
         missing=packed.missing,
+        tokens=None if packed.tokens is None else tensor_over(packed.tokens),
+        versions=packed.versions,
+        version_of=tensor_over(packed.version_of),
     )

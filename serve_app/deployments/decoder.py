@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
@@ -25,10 +26,11 @@ from serve_app.deployments.store import ExpertStore
 from serve_app.deployments.underway import Underway
 from serve_app.errors import R3Error, without_frames
 from serve_app.materialize import materialize
+from serve_app.observe.masked_rows import masked_rows
 from serve_app.store.base import RecordStore
 from serve_app.store.owner.directory import this_node
-from serve_app.store.owner.shard import default_budget
-from serve_app.types import BatchSpec, MissingRows, PackedExperts, RoutedSequence
+from serve_app.store.owner.object_store import default_budget
+from serve_app.types import BatchSpec, PackedExperts, RoutedSequence
 
 _KEPT_BYTES = 256 << 20
 
@@ -71,25 +73,25 @@ class ExpertDecoder:
         try:
             if self._store_args.backend == "memory":
                 answer = packed = await asyncio.to_thread(work)
-                nbytes, missing = packed.ids.nbytes, packed.missing
+                nbytes, masked = packed.ids.nbytes, masked_rows(packed)
             else:
-                ref, nbytes, missing = await asyncio.to_thread(self._put, work)
+                ref, nbytes, masked = await asyncio.to_thread(self._put, work)
                 self._underway.keep(ref, nbytes)
                 answer = [ref]
         except R3Error as error:
             self._metrics.refused(error)
             raise
         seconds = time.monotonic() - begun
-        self._metrics.answered(DecoderAnswer(nbytes, len(sequences), missing, seconds))
+        self._metrics.answered(DecoderAnswer(nbytes, len(sequences), masked, seconds))
         return answer
 
     def _put(
         self, work: Callable[..., PackedExperts]
-    ) -> "tuple[ray.ObjectRef[PackedExperts], int, tuple[MissingRows, ...]]":
+    ) -> "tuple[ray.ObjectRef[PackedExperts], int, Counter[str]]":
         try:
             with self._workspace.lend() as allocate:
                 packed = work(allocate=functools.partial(self._bounded, make=allocate))
-                return ray.put(packed), packed.ids.nbytes, packed.missing
+                return ray.put(packed), packed.ids.nbytes, masked_rows(packed)
         except R3Error as error:
             # Serve and Ray keep errors in cycles: with its frames this one would pin the records
             # that were fetched until the garbage collector comes by.

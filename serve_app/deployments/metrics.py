@@ -8,7 +8,7 @@ from serve_app.errors import R3Error
 from serve_app.observe.event_log import log_event
 from serve_app.observe.instruments import Instrument, Instruments, after_answering
 from serve_app.store.keys import shorten
-from serve_app.types import GenerateResult, MissingRows, WeightsResult
+from serve_app.types import GenerateResult, WeightsResult
 
 ENGINE = {
     "r3serve_engine_rollouts_total": Instrument(
@@ -51,7 +51,7 @@ class DecoderAnswer:
 
     nbytes: int
     sequences: int
-    missing: tuple[MissingRows, ...]
+    masked: Counter[str]
     seconds: float
 
 
@@ -117,9 +117,7 @@ class DecoderMetrics:
         report.count("r3serve_decoder_answer_bytes_total", answer.nbytes)
         report.count("r3serve_decoder_sequences_total", answer.sequences)
         report.took("r3serve_decoder_materialize_seconds", answer.seconds)
-        masked = Counter[str]()
-        for missing in answer.missing:
-            masked[missing.reason] += missing.count
+        masked = answer.masked
         for reason, rows in masked.items():
             report.count("r3serve_decoder_masked_rows_total", rows, reason=reason)
         log_event(

@@ -2,6 +2,11 @@
 
 A MoE block calls an experts module whose forward takes the chosen ids beside the hidden states;
 that argument is what was really used, so recording reads it and replay checks against it.
+
+Experts, routers and blocks may stand in wrappers (LoRA, activation checkpoints, sharding): a block
+is the module nearest to its experts that has a router as a child. What it calls, wrapped or not,
+is where ids are read and forced; sizes are read from what is inside, since a wrapper's attributes
+mean something else (PEFT's ``num_experts`` counts the experts of one parameter).
 """
 
 import inspect
@@ -33,7 +38,8 @@ class MoeBlock:
     """One sparse layer: ``layer`` is the global decoder-layer index, MTP layers not counted.
 
     ``router`` is the child called gate or router; ``block`` the module that owns it and
-    ``experts``, in Gemma 4 the decoder layer itself.
+    ``experts``, in Gemma 4 the decoder layer itself. Both children are what the block calls, in
+    whatever wrappers they have.
     """
 
     layer: int
@@ -48,12 +54,21 @@ class MoeBlock:
     def routed_ids(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return the ids ``[tokens, top_k]`` that a call ``experts(*args, **kwargs)`` uses.
 
-        In the router's own order and dtype (int64), not copied.
+        In the router's own order and dtype (int64), not copied. Raises `EngineError` where a
+        wrapper is called in another way than the experts in it.
         """
         positional = self.ids_position < len(args)
-        ids = args[self.ids_position] if positional else kwargs[self.ids_name]
-        assert isinstance(ids, torch.Tensor)
-        return ids.reshape(-1, ids.shape[-1])
+        ids = args[self.ids_position] if positional else kwargs.get(self.ids_name)
+        if not isinstance(ids, torch.Tensor):
+            found = type(ids).__name__
+        elif ids.is_floating_point() or ids.shape[-1] != self.top_k:
+            found = f"{ids.dtype} {list(ids.shape)}"
+        else:
+            return ids.reshape(-1, ids.shape[-1])
+        raise EngineError(
+            f"layer {self.layer}: {type(self.experts).__name__} was expected to be called with"
+            f" {self.ids_name} [tokens, {self.top_k}], got {found}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,22 +177,49 @@ def _count_layers(stack: nn.ModuleList, config: Any) -> int:
 
 
 def _blocks_of_layer(family: str, index: int, layer: nn.Module, config: Any) -> Iterator[MoeBlock]:
-    blocks = [
-        _moe_block(family, index, parent, child, position, config)
-        for parent in layer.modules()
-        for child in parent.children()
-        if (position := _ids_argument(child)) is not None
-    ]
-    known = {id(block.experts) for block in blocks}
+    parents = {child: parent for parent in layer.modules() for child in parent.children()}
+    blocks: dict[nn.Module, MoeBlock] = {}
+    known: set[nn.Module] = set()
+    for module in layer.modules():
+        if module in known or (position := _ids_argument(module)) is None:
+            continue
+        block, experts = _owner(family, index, module, parents)
+        if block in blocks:
+            raise EngineError(
+                f"{family}: layer {index}: {type(block).__name__} has more than one experts module"
+            )
+        known.update(experts.modules())
+        blocks[block] = _moe_block(family, index, block, experts, position, config)
     for name, module in layer.named_modules():
-        if name.rpartition(".")[2] == "experts" and id(module) not in known:
+        if name.rpartition(".")[2] == "experts" and module not in known:
             raise EngineError(
                 f"{family}: layer {index} has experts in {name} ({type(module).__name__}) whose "
                 f"forward takes none of {', '.join(IDS_ARGUMENTS)}"
             )
     if len(blocks) > 1:
         raise EngineError(f"{family}: layer {index} has {len(blocks)} MoE blocks, expected one")
-    yield from blocks
+    yield from blocks.values()
+
+
+def _owner(
+    family: str, index: int, experts: nn.Module, parents: Mapping[nn.Module, nn.Module]
+) -> tuple[nn.Module, nn.Module]:
+    """Return the block of some experts, and its child that is them in all of their wrappers."""
+    child, parent = experts, parents.get(experts)
+    while parent is not None:
+        if _router(parent) is not None:
+            return parent, child
+        child, parent = parent, parents.get(parent)
+    owner = parents.get(experts, experts)
+    raise EngineError(
+        f"{family}: {type(owner).__name__} in layer {index} has no child called "
+        f"{' or '.join(ROUTER_NAMES)}"
+    )
+
+
+def _router(block: nn.Module) -> nn.Module | None:
+    children = dict(block.named_children())
+    return next((children[name] for name in ROUTER_NAMES if name in children), None)
 
 
 def _ids_argument(module: nn.Module) -> tuple[str, int] | None:
@@ -195,13 +237,8 @@ def _moe_block(
     ids_argument: tuple[str, int],
     config: Any,
 ) -> MoeBlock:
-    children = dict(block.named_children())
-    router = next((children[name] for name in ROUTER_NAMES if name in children), None)
-    if router is None:
-        raise EngineError(
-            f"{family}: {type(block).__name__} in layer {index} has no child called "
-            f"{' or '.join(ROUTER_NAMES)}"
-        )
+    router = _router(block)
+    assert router is not None
     return MoeBlock(
         layer=index,
         block=block,
@@ -210,20 +247,26 @@ def _moe_block(
         num_experts=_first_int(
             family,
             "number of experts",
-            (experts, "total_experts"),  # LongCat's identity experts are chosen like any other
-            (router, "num_experts"),
-            (experts, "num_experts"),
+            # LongCat's identity experts are chosen like any other.
+            *((module, "total_experts") for module in _inside_out(experts)),
+            *((module, "num_experts") for module in _inside_out(router)),
+            *((module, "num_experts") for module in _inside_out(experts)),
         ),
         top_k=_first_int(
             family,
             "top-k",
-            (router, "top_k"),
+            *((module, "top_k") for module in _inside_out(router)),
             (block, "top_k"),
             *((config, name) for name in TOP_K_NAMES),
         ),
         ids_name=ids_argument[0],
         ids_position=ids_argument[1],
     )
+
+
+def _inside_out(module: nn.Module) -> list[nn.Module]:
+    """Return a module's own modules and itself, what is wrapped before its wrapper."""
+    return list(module.modules())[::-1]
 
 
 def _first_int(family: str, what: str, *places: tuple[Any, str]) -> int:

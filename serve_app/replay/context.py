@@ -4,11 +4,13 @@ A router runs as it is while its top-k is answered with recorded ids (`ForcedTop
 weights stay the model's own, normalised its own way, and gradients reach the router.
 
 Gradient checkpointing runs layers again in backward, maybe after the context was left and in a
-thread of autograd. The checkpoint functions of the model are therefore wrapped while the context
-is open: what they were given carries its routes along, and forces them again when it runs again.
+thread of autograd. What is checkpointed while the context is open carries its routes along and
+forces them again when it runs again, see `serve_app.replay.recomputation`; the checkpoint
+functions that the model holds are wrapped beside torch's, since they may be somebody else's.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +20,14 @@ from torch import nn
 from serve_app.engines.moe import MoeBlock, MoeShape, decoder_of, find_moe_blocks, shape_of
 from serve_app.errors import EngineError, ReplayError
 from serve_app.replay.forcing import ForcedTopK, Routes
+from serve_app.replay.inputs import InputCheck
+from serve_app.replay.recomputation import (
+    INTERCEPTION,
+    Progress,
+    Recomputation,
+    unbound_functions,
+)
+from serve_app.replay.trace import Trace
 from serve_app.types import ExpertBatch
 
 UNREPLAYABLE = {
@@ -26,34 +36,36 @@ UNREPLAYABLE = {
 }
 # Their top-k is taken in the block, not in the child called router.
 CHOOSES_IN_BLOCK = ("dbrx",)
-# What packed sequences see of each other; layers that carry state are found in the config.
-UNPACKABLE = {
-    "afmoe": "its masks ignore position_ids",
-    "deepseek_v32": "its indexer picks keys of other sequences",
-    "glm_moe_dsa": "its indexer picks keys of other sequences",
-    "gpt_oss": "its masks ignore position_ids",
-}
-PACKABLE_WITH_OWN_MASKS = ("afmoe", "gpt_oss")
 
 CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 @contextmanager
-def replay_routing(model: nn.Module, batch: ExpertBatch) -> Iterator[None]:
+def replay_routing(
+    model: nn.Module, batch: ExpertBatch, *, trace: Trace | None = None
+) -> Iterator[None]:
     """Route one forward pass of ``model`` to the experts in ``batch``.
 
     ``batch.ids`` ``[tokens, layers, top_k]`` covers all layers of the model or its MoE layers
     (``batch.layers``). Its rows are the token rows of the forward pass, flattened: ``[1, total]``
-    packed with restarting ``position_ids`` and ``use_cache=False``, or ``[B, T]`` padded. Rows
-    with ``valid=False`` route natively. Backward may run inside the context or after it, also
-    with gradient checkpointing that the model itself or `CheckpointWrapper` does.
+    packed with restarting ``position_ids`` and ``use_cache=False``, or ``[B, T]`` right-padded.
+    Rows with ``valid=False`` route natively. Experts, routers and blocks may be wrapped: by PEFT,
+    activation checkpoints, sharding. Backward may run inside the context or after it, also with
+    gradient checkpointing, reentrant or not, of the model's own or around any part of it.
+    ``trace`` writes what the chosen sequences' routers used.
 
     Raises `ReplayError` for a model that cannot be replayed, a batch that was not made for it,
-    rows that do not match, a second forward pass, nesting, sequences packed into a row by a
-    family that does not keep them apart, and at the end for MoE layers that used no routes.
+    rows that do not match, routes on padding by the 2D ``attention_mask``, ``position_ids`` that
+    do not restart where ``cu_seqlens`` says that a sequence begins, sequences packed into a row
+    by a family or a mask that does not keep them apart, a second forward pass, nesting, a
+    checkpoint that is none of torch's around the model, a recomputation of an earlier forward
+    pass that had no routes, and at the end for MoE layers that used no routes.
     """
     replay = _Replay(model, batch)
-    with replay.patches():
+    with ExitStack() as stack:
+        stack.enter_context(replay.open())
+        if trace is not None:
+            stack.enter_context(trace.of(batch, replay.blocks))
         yield
     # Not reached with an exception in flight: that one says more.
     replay.check_all_layers_used()
@@ -64,40 +76,45 @@ class _Replay:
 
     def __init__(self, model: nn.Module, batch: ExpertBatch) -> None:
         self._model = model
-        self._blocks, self._shape = _replayable(model)
+        self.blocks, self._shape = _replayable(model)
         self._routes = Routes(batch, self._shape)
-        self._choosers = {
-            block.layer: _chooser(self._shape.family, block) for block in self._blocks
-        }
+        self._choosers = {block.layer: _chooser(self._shape.family, block) for block in self.blocks}
         self._originals = {layer: module.forward for layer, module in self._choosers.items()}
         if any(isinstance(original, _ForcedForward) for original in self._originals.values()):
             raise ReplayError("replay_routing is open on this model already; it does not nest")
+        self._decoder, config = _decoder(model)
+        self._check_inputs = InputCheck(batch, self._shape.family, config)
+        self._checkpointing = _checkpoint_functions(model, self._choosers)
         self._used: set[int] = set()
+        self._opened_in = (torch._C._current_graph_task_id(), len(unbound_functions()))
+        self.progress = Progress()
 
     @contextmanager
-    def patches(self) -> Iterator[None]:
-        """Force the routers, and teach the checkpoint functions to; undo it at the end."""
+    def open(self) -> Iterator[None]:
+        """Force the routers, teach the checkpoint functions to, check what comes; undo it all."""
         with ExitStack() as stack:
-            stack.enter_context(self._forced(self._blocks, again=False))
-            for owner in self._model.modules():
-                for name in CHECKPOINT_FUNCTIONS:
-                    if name in vars(owner) and (blocks := self._blocks_in(owner)):
-                        bound = self._checkpoint_function(vars(owner)[name], blocks)
-                        stack.enter_context(_replaced(owner, name, bound))
-            guard = decoder_of(self._model).register_forward_pre_hook(
-                self._check_packing, with_kwargs=True
-            )
-            stack.callback(guard.remove)
+            stack.enter_context(self._forced(set(self._choosers), again=False))
+            hook = self._decoder.register_forward_pre_hook(self._check_inputs, with_kwargs=True)
+            stack.callback(hook.remove)
+            yield
+
+    @contextmanager
+    def again(self, layers: set[int], layer: int | None) -> Iterator[None]:
+        """Force ``layers`` in a recomputation, and the choice of ``layer`` if it is in one."""
+        with ExitStack() as stack:
+            if layers:
+                stack.enter_context(self._forced(layers, again=True))
+            if layer is not None:
+                stack.enter_context(self.progress.routing(layer))
+                stack.enter_context(ForcedTopK(self._routes.layer(layer)))
             yield
 
     def run(self, block: MoeBlock, again: bool, *args: Any, **kwargs: Any) -> Any:
         """Run the block's router with its choice forced; ``again`` in a recomputation."""
-        if not again and block.layer in self._used:
-            raise ReplayError(
-                f"layer {block.layer} used its routes already: expected one forward pass in a "
-                "context, found a second"
-            )
-        with ForcedTopK(self._routes.layer(block.layer)) as choice:
+        if not again:
+            self._check_runs_once(block.layer)
+        choice = ForcedTopK(self._routes.layer(block.layer))
+        with self.progress.routing(block.layer), choice:
             result = self._originals[block.layer](*args, **kwargs)
         if not choice.answered:
             raise ReplayError(
@@ -111,61 +128,54 @@ class _Replay:
         """Raise `ReplayError` naming the MoE layers that ran without their routes."""
         if unused := [layer for layer in self._shape.moe_layers if layer not in self._used]:
             raise ReplayError(
-                f"expected all {len(self._blocks)} MoE layers to use their routes, "
+                f"expected all {len(self.blocks)} MoE layers to use their routes, "
                 f"layers {unused} did not"
             )
 
+    def _check_runs_once(self, layer: int) -> None:
+        """Raise unless this is the forward pass of the context, and all of it can be replayed."""
+        compiling = torch.compiler.is_compiling()
+        task, functions = self._opened_in
+        if not compiling and torch._C._current_graph_task_id() != task:
+            raise ReplayError(
+                f"layer {layer} runs again in backward, for a forward pass that was not this"
+                " context's: expected that backward before the context or after it"
+            )
+        if layer in self._used:
+            raise ReplayError(
+                f"layer {layer} used its routes already: expected one forward pass in a "
+                "context, found a second"
+            )
+        if compiling or torch.is_grad_enabled() or len(found := unbound_functions()) <= functions:
+            return
+        raise ReplayError(
+            f"layer {layer} runs in {found[0]}, an autograd.Function that may run it again in"
+            " backward, without its routes: expected a checkpoint of torch.utils.checkpoint, or"
+            " this context inside what is checkpointed"
+        )
+
     @contextmanager
-    def _forced(self, blocks: Sequence[MoeBlock], again: bool) -> Iterator[None]:
+    def _forced(self, layers: set[int], again: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            for block in blocks:
-                forward = _ForcedForward(self, block, again)
-                stack.enter_context(_replaced(self._choosers[block.layer], "forward", forward))
+            for block in self.blocks:
+                if block.layer in layers:
+                    forward = _ForcedForward(self, block, again)
+                    chooser = self._choosers[block.layer]
+                    stack.enter_context(_replaced(chooser, "forward", forward))
+            for owner, name, inside in self._checkpointing:
+                if layers & inside:
+                    bound = self._checkpoint_function(vars(owner)[name])
+                    stack.enter_context(_replaced(owner, name, bound))
+            stack.enter_context(INTERCEPTION.of(self))
             yield
 
-    def _blocks_in(self, owner: nn.Module) -> list[MoeBlock]:
-        inside = {id(module) for module in owner.modules()}
-        return [block for block in self._blocks if id(block.router) in inside]
-
-    def _checkpoint_function(
-        self, checkpoint: Callable[..., Any], blocks: Sequence[MoeBlock]
-    ) -> Callable[..., Any]:
+    def _checkpoint_function(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Like ``checkpoint(function, *args)``, but ``function`` takes its routes along."""
 
         def bound_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return checkpoint(self._with_routes(function, blocks), *args, **kwargs)
+            return checkpoint(Recomputation(function, self), *args, **kwargs)
 
         return bound_checkpoint
-
-    def _with_routes(
-        self, function: Callable[..., Any], blocks: Sequence[MoeBlock]
-    ) -> Callable[..., Any]:
-        """Return ``function``, forcing the blocks again every time but the first it runs."""
-        ran = False
-
-        def bound(*args: Any, **kwargs: Any) -> Any:
-            nonlocal ran
-            if not ran:
-                ran = True
-                return function(*args, **kwargs)
-            with self._forced(blocks, again=True):
-                return function(*args, **kwargs)
-
-        return bound
-
-    def _check_packing(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        reason = _why_unpackable(self._shape.family, decoder)
-        if reason is None or _has_own_masks(self._shape.family, kwargs):
-            return
-        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        rows = next(len(value) for value in inputs if isinstance(value, torch.Tensor))
-        if rows < self._routes.sequences:
-            raise ReplayError(
-                f"{self._shape.family} cannot keep packed sequences apart ({reason}): expected "
-                f"{self._routes.sequences} sequences in as many rows, found {rows} rows"
-            )
 
 
 class _ForcedForward:
@@ -197,22 +207,27 @@ def _chooser(family: str, block: MoeBlock) -> nn.Module:
     return block.block if family in CHOOSES_IN_BLOCK else block.router
 
 
-def _why_unpackable(family: str, decoder: nn.Module) -> str | None:
-    config: Any = decoder.config
-    kinds = {
-        *(getattr(config, "layer_types", None) or ()),
-        *(getattr(config, "layers_block_type", None) or ()),
-    }
-    if stateful := kinds & {"linear_attention", "mamba", "conv", "recurrent"}:
-        return f"its {', '.join(sorted(stateful))} layers carry state along"
-    return UNPACKABLE.get(family)
+def _checkpoint_functions(
+    model: nn.Module, choosers: dict[int, nn.Module]
+) -> list[tuple[nn.Module, str, set[int]]]:
+    """Return who holds a checkpoint function, its name, and the layers whose routers it is of."""
+    layer_of = {part: layer for layer, chooser in choosers.items() for part in chooser.modules()}
+    found = []
+    for owner in model.modules():
+        for name in CHECKPOINT_FUNCTIONS:
+            if name in vars(owner):
+                layers = {layer_of[part] for part in owner.modules() if part in layer_of}
+                found.append((owner, name, layers))
+    return found
 
 
-def _has_own_masks(family: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether 4D masks were passed in, which can be block-diagonal."""
-    mask = kwargs.get("attention_mask")
-    is_full = isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
-    return family in PACKABLE_WITH_OWN_MASKS and is_full
+def _decoder(model: nn.Module) -> tuple[nn.Module, Any]:
+    """Return the module that is given tokens by name, in whatever wrappers, and its config."""
+    found = decoder_of(model)
+    for module in found.modules():
+        if "inputs_embeds" in inspect.signature(module.forward).parameters:
+            return module, getattr(module, "config", None)
+    raise ReplayError(f"{type(found).__name__}: expected a decoder that takes inputs_embeds")
 
 
 @contextmanager

@@ -42,14 +42,15 @@ class Routes:
     def __init__(self, batch: ExpertBatch, shape: MoeShape) -> None:
         _check_model(batch, shape)
         _check_tensors(batch, shape)
-        per_model_layer = batch.ids.shape[1] == shape.layers
+        by_layer = columns_by_layer(batch)
+        if missing := [layer for layer in shape.moe_layers if layer not in by_layer]:
+            raise ReplayError(
+                f"expected a column for each of the MoE layers {shape.moe_layers}, the batch has"
+                f" none of {missing}"
+            )
         self._batch = batch
-        self._columns = {
-            layer: layer if per_model_layer else position
-            for position, layer in enumerate(shape.moe_layers)
-        }
+        self._columns = {layer: by_layer[layer] for layer in shape.moe_layers}
         self._all_valid = bool(batch.valid.all())
-        self.sequences = len(batch.cu_seqlens) - 1
         self._check_rows()
 
     def layer(self, layer: int) -> LayerRoutes:
@@ -69,6 +70,16 @@ class Routes:
         for layer, is_bad in zip(layers, bad, strict=True):
             if is_bad:
                 raise ReplayError(_describe_bad_row(self.layer(layer)))
+
+
+def columns_by_layer(batch: ExpertBatch) -> dict[int, int]:
+    """Return where in ``batch.ids`` each global layer is.
+
+    By ``batch.columns``, in whatever order; a batch that does not say has its MoE layers, or all.
+    """
+    columns = batch.ids.shape[1]
+    named = batch.columns or (batch.layers if columns == len(batch.layers) else range(columns))
+    return {layer: at for at, layer in enumerate(named)}
 
 
 class ForcedTopK(TorchFunctionMode):
@@ -161,6 +172,8 @@ def _check_tensors(batch: ExpertBatch, shape: MoeShape) -> None:
             f"ids must have {shape.layers} layers (all) or {len(batch.layers)} (the MoE layers), "
             f"got {ids.shape[1]}"
         )
+    if batch.columns and len(batch.columns) != ids.shape[1]:
+        raise ReplayError(f"ids must have the layers {batch.columns}, got {ids.shape[1]}")
     if ids.shape[2] != shape.top_k:
         raise ReplayError(f"{shape.family} has top-k {shape.top_k}, the batch {ids.shape[2]}")
     if batch.valid.shape != ids.shape[:1] or batch.valid.dtype != torch.bool:

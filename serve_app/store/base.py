@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from serve_app.errors import KeyUnreadable, StoreUnavailable
-from serve_app.records import Record, RecordMeta
+from serve_app.records import Record, RecordMeta, Track
 from serve_app.types import StoreStats
 
 Segments = list[Record]
 """A key's whole sequence: its ancestors' records and its own, oldest first."""
+
+TrackPart = tuple[RecordMeta, Track | None]
+"""A segment's header and its track, None where it has none of that name."""
 
 Unreadable = KeyUnreadable | StoreUnavailable
 Meanwhile = Callable[[], object]
@@ -25,10 +28,13 @@ class RecordStore(Protocol):
         tag: str | None = None,
         lease_s: float | None = None,
         parent: str | None = None,
+        parent_rows: int | None = None,
     ) -> str:
         """Store a record and return its key once the store owns the bytes.
 
-        Raises `StoreFull`, `StoreUnavailable`, or why ``parent`` cannot be read.
+        With ``parent`` the key reads as the parent's sequence, up to position ``parent_rows`` where
+        that is given, and then the record's. Raises `StoreFull`, `StoreUnavailable`, or why
+        ``parent`` cannot be read.
         """
         ...
 
@@ -39,17 +45,26 @@ class RecordStore(Protocol):
         tag: str | None = None,
         lease_s: float | None = None,
         parent: str | None = None,
+        parent_rows: int | None = None,
     ) -> str:
         """Do as `put`, without blocking the running event loop."""
         ...
 
     def fetch(
-        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
+        self,
+        keys: Sequence[str],
+        meanwhile: Meanwhile | None = None,
+        tracks: Sequence[str] = (),
     ) -> list[Segments | Unreadable]:
         """Return each key's segments, or why it has none. Reading renews and never destroys.
 
+        Records come with those of the ``tracks`` that they have; the others do not move.
         ``meanwhile`` is run once at most; what it raises ends the read.
         """
+        ...
+
+    def fetch_track(self, key: str, name: str) -> "list[TrackPart] | Unreadable":
+        """Return one track of each of the key's segments, and no routes."""
         ...
 
     def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
@@ -64,8 +79,17 @@ class RecordStore(Protocol):
         """Whether the key's bytes lie where this process would put a record."""
         ...
 
-    def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
-        """End keys, or all under a tag; return how many were live. Idempotent."""
+    def release(
+        self,
+        keys: Sequence[str] = (),
+        *,
+        tag: str | None = None,
+        weight_version_below: int | None = None,
+    ) -> int:
+        """End keys, all under a tag, or all of earlier weights; return how many were live.
+
+        A key's weights are those of its newest part. Idempotent.
+        """
         ...
 
     def renew(self, keys: Sequence[str] = (), *, tag: str | None = None, lease_s: float) -> int:

@@ -12,27 +12,27 @@ import numpy.typing as npt
 
 Batch = list[npt.NDArray[Any]]
 
-_waiting: dict[int, Batch] = {}
+_waiting: dict[int, list[Batch]] = {}
 # Ray may repeat a shard's call in a restarted process: it must find no other batch there.
 _numbers = itertools.count(secrets.randbits(48))
 
 
-def leave(batch: Batch) -> int:
-    """Put arrays out to be pulled together; return the batch's number."""
+def leave(batches: list[Batch]) -> int:
+    """Put arrays out to be pulled together, each batch as an object; return their number."""
     number = next(_numbers)
-    _waiting[number] = batch
+    _waiting[number] = batches
     return number
 
 
 def withdraw(number: int) -> None:
-    """Forget a batch that nobody will pull any more."""
+    """Forget batches that nobody will pull any more."""
     _waiting.pop(number, None)
 
 
-def give(_actor: object, number: int) -> tuple[Batch, None]:
-    """Hand a batch over; runs in the producer's process, called by the shard.
+def give(_actor: object, number: int) -> tuple[Batch | None, ...]:
+    """Hand batches over; runs in the producer's process, called by the shard.
 
-    The second value comes by value: waiting for it tells that the call succeeded, without
-    bringing the first, big one over.
+    The last value comes by value: waiting for it tells that the call succeeded, without bringing
+    the others, big ones over.
     """
-    return _waiting.pop(number), None
+    return *_waiting.pop(number), None

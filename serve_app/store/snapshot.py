@@ -17,14 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from serve_app.errors import RecordError, SnapshotError, StoreError
-from serve_app.records import Ids, Record, RecordMeta
+from serve_app.records import FORMAT_VERSION, Record, RecordMeta, TrackMeta
 
-FORMAT = "r3serve-snapshot-1"
+FORMAT = "r3serve-snapshot-2"
+FORMAT_BEFORE = "r3serve-snapshot-1"
+"""Without tracks: of tokens it has a hash that nothing can be compared with, which is left out."""
 PAGE_RECORDS = 64
 
 Progress = Callable[[int, int], None]
@@ -33,7 +36,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record as it is saved. ``parent`` is the key of the record that it continues.
+    """One record as it is saved. ``parent`` is the key of the record that it continues, up to
+    position ``parent_rows`` where that is not None.
 
     ``live`` is False for an ancestor that was released but that a live record needs.
     """
@@ -44,14 +48,19 @@ class Entry:
     lease_s: float
     live: bool
     meta: RecordMeta
+    parent_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A shard's records from one sequence number on; ``next`` is None after the last."""
+    """A shard's records from one sequence number on; ``next`` is None after the last.
+
+    ``tracks`` are the names of all that they have.
+    """
 
     entries: list[Entry]
     next: int | None
+    tracks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class SnapshotWriter:
         self.records = 0
         self.nbytes = 0
 
-    def write(self, entries: list[Entry], arrays: list[Ids]) -> None:
+    def write(self, entries: list[Entry], records: list[Record]) -> None:
         """Save one page."""
         listed = json.dumps([_item(entry) for entry in entries])
         metadata = {
@@ -90,11 +99,14 @@ class SnapshotWriter:
             "hash": xxhash.xxh3_64_hexdigest(listed.encode()),
         }
         file = self._partial / f"part-{self._files:05d}.safetensors"
-        save_file({str(i): ids for i, ids in enumerate(arrays)}, file, metadata)
+        columns = {
+            name: array for i, record in enumerate(records) for name, array in _columns(i, record)
+        }
+        save_file(columns, file, metadata)
         _sync(file)
         self._files += 1
         self.records += len(entries)
-        self.nbytes += sum(ids.nbytes for ids in arrays)
+        self.nbytes += sum(array.nbytes for array in columns.values())
 
     def commit(self) -> SnapshotReport:
         """Make the snapshot appear."""
@@ -143,18 +155,19 @@ def read_page(file: Path, app: str) -> SavedPage:
             metadata = saved.metadata() or {}
             _check_metadata(metadata, app)
             entries = [_entry(item) for item in json.loads(metadata["records"])]
-            arrays = [saved.get_tensor(str(i)) for i in range(len(entries))]
-        for entry, ids in zip(entries, arrays, strict=True):
-            entry.meta.verify(ids)
+            records = [_record(saved, i, entry.meta) for i, entry in enumerate(entries)]
+        for record in records:
+            record.meta.verify(record.ids, dict(record.tracks))
     except (SafetensorError, RecordError, OSError, KeyError, TypeError, ValueError) as error:
         raise SnapshotError(f"{file.name}: {error}") from None
-    records = [Record(entry.meta, ids) for entry, ids in zip(entries, arrays, strict=True)]
     return SavedPage(bytes.fromhex(metadata["secret"]), entries, records)
 
 
 def _check_metadata(metadata: dict[str, str], app: str) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"expected format {FORMAT}, got {metadata.get('format')}")
+    if metadata.get("format") not in (FORMAT, FORMAT_BEFORE):
+        raise ValueError(
+            f"expected format {FORMAT} or {FORMAT_BEFORE}, got {metadata.get('format')}"
+        )
     if metadata.get("app") != app:
         raise ValueError(f"expected records of application {app!r}, got {metadata.get('app')!r}")
     if xxhash.xxh3_64_hexdigest(metadata["records"].encode()) != metadata["hash"]:
@@ -167,9 +180,30 @@ def _item(entry: Entry) -> dict[str, Any]:
 
 def _entry(item: dict[str, Any]) -> Entry:
     meta = item.pop("meta")
+    meta.pop("token_hash", None)  # of a snapshot of the format before
     for field in ("moe_layers", "invalid"):
         meta[field] = tuple(meta[field])
-    return Entry(meta=RecordMeta(**meta), **item)
+    tracks = tuple(
+        TrackMeta(name, dtype, tuple(shape), values, seal)
+        for name, dtype, shape, values, seal in meta.pop("tracks", ())
+    )
+    meta["format_version"] = FORMAT_VERSION
+    return Entry(meta=RecordMeta(**meta, tracks=tracks), **item)
+
+
+def _columns(number: int, record: Record) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Yield a record's columns by the names that they have in a file."""
+    yield str(number), record.ids
+    for name, track in record.tracks.items():
+        yield f"{number}.{name}", track.buffer()
+
+
+def _record(saved: Any, number: int, meta: RecordMeta) -> Record:
+    tracks = {
+        track.name: track.over(saved.get_tensor(f"{number}.{track.name}"), meta.rows)
+        for track in meta.tracks
+    }
+    return Record(meta, saved.get_tensor(str(number)), tracks)
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Which rows a trainer wants of which keys, and the batch that it gets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 OutputDtype = Literal["uint8", "uint16", "int32", "int64"]
 OnMissing = Literal["raise", "mask"]
 Where = Literal["auto", "local", "decoder"]
+BatchTrack = Literal["tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +20,11 @@ class RoutedSequence:
     """Where one training sequence's routes are: ``length`` input rows from row ``first`` on.
 
     The one row after the last captured is not missing (the trainer kept the last token);
-    fewer rows than captured is an explicit cut.
+    fewer rows than captured is an explicit cut. ``key=None`` stands for a rollout without routes:
+    all of its rows are missing.
     """
 
-    key: str
+    key: str | None
     length: int
     first: int = 0
 
@@ -34,7 +36,24 @@ class RoutedSequence:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a batch needs to know of the model where no record says it; None means every layer."""
+
+    layers: int
+    top_k: int
+    num_experts: int
+    moe_layers: tuple[int, ...] | None = None
+
+    @property
+    def moe(self) -> tuple[int, ...]:
+        """Global indices of the MoE layers."""
+        return tuple(range(self.layers)) if self.moe_layers is None else self.moe_layers
+
+
 Tail = Literal["last_sequence", "own_sequence", "rank"]
+ContextParallel = Literal["zigzag", "contiguous", "zigzag_buffer"]
+Pad = Literal["mask", "spread", "random", "random_with_repetition"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +65,10 @@ class RankSlice:
     sequence, by one more sequence, or at the end of each context parallel rank's own rows
     (``tail``; ``total_multiple`` is then of the rank's rows); context
     parallel ranks take their chunks, per sequence (``zigzag``, as Megatron) or of the whole
-    buffer (``contiguous``); sequence parallel ranks take contiguous shares of that.
-    ``layers`` are global layer indices, in the order wanted (pipeline stages, virtual ones too);
+    buffer (``contiguous``, or ``zigzag_buffer``: zigzag as if it were one sequence); sequence
+    parallel ranks take contiguous shares of that.
+    ``layers`` are global layer indices, in the order wanted (pipeline stages, virtual ones too;
+    ``()``, for a stage without any, gives ``[tokens, 0, top_k]``);
     ``dense_layers="drop"`` leaves out the columns of layers without experts.
     """
 
@@ -56,22 +77,22 @@ class RankSlice:
     tail: Tail = "own_sequence"
     cp_size: int = 1
     cp_rank: int = 0
-    cp: Literal["zigzag", "contiguous"] = "zigzag"
+    cp: ContextParallel = "zigzag"
     sp_size: int = 1
     sp_rank: int = 0
     layers: tuple[int, ...] | None = None
     dense_layers: Literal["keep", "drop"] = "keep"
 
     def __post_init__(self) -> None:
-        """Refuse ranks outside their group and layers named twice or not at all."""
+        """Refuse ranks outside their group and layers named twice."""
         sizes = (self.seq_multiple, self.total_multiple, self.cp_size, self.sp_size)
-        named = self.layers is None or 0 < len(set(self.layers)) == len(self.layers)
+        named = self.layers is None or len(set(self.layers)) == len(self.layers)
         if (
             min(sizes) < 1
             or not 0 <= self.cp_rank < self.cp_size
             or not 0 <= self.sp_rank < self.sp_size
             or self.tail not in ("last_sequence", "own_sequence", "rank")
-            or self.cp not in ("zigzag", "contiguous")
+            or self.cp not in ("zigzag", "contiguous", "zigzag_buffer")
             or self.dense_layers not in ("keep", "drop")
             or not named
         ):
@@ -83,17 +104,21 @@ class BatchSpec:
     """What a materialized batch looks like.
 
     ``layout="padded"`` gives ``[sequences, length, layers, top_k]``, right-padded. Padding and
-    masked rows are always ``valid=False``; their ids are 0 (``mask``), distinct and evenly
-    spread over the experts (``spread``), or random with ``pad_seed`` (``random``, as xtuner
-    pads), for trainers that route by the ids alone.
+    masked rows are always ``valid=False``; their ids are 0 (``mask``) or, for trainers that route
+    by the ids alone: dealt out, so that a row's are distinct and every contiguous share of the
+    experts gets as many, in another order in each layer (``spread``; ``pad_seed`` rows were dealt
+    before); the same in orders drawn from ``pad_seed`` (``random``); or each id drawn from it by
+    itself, the same one twice in a row too (``random_with_repetition``, as xtuner pads).
     """
 
     dtype: OutputDtype | None = None
     on_missing: OnMissing = "raise"
     layout: Literal["packed", "padded"] = "packed"
     rank: RankSlice = RankSlice()
-    pad: Literal["mask", "spread", "random"] = "mask"
+    pad: Pad = "mask"
     pad_seed: int = 0
+    tracks: tuple[BatchTrack, ...] = ()
+    model: ModelShape | None = None
 
     def __post_init__(self) -> None:
         """Refuse words that are none of the choices."""
@@ -101,10 +126,12 @@ class BatchSpec:
             ("dtype", (None, "uint8", "uint16", "int32", "int64")),
             ("on_missing", ("raise", "mask")),
             ("layout", ("packed", "padded")),
-            ("pad", ("mask", "spread", "random")),
+            ("pad", ("mask", "spread", "random", "random_with_repetition")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if unknown := set(self.tracks) - {"tokens"}:
+            raise ValueError(f"tracks must be some of ('tokens',), got {sorted(unknown)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +149,8 @@ class PackedExperts:
     """`ExpertBatch` in numpy: what the decoder answers and the client wraps.
 
     ``model`` is what all records of it share: layers, top_k, experts, and the MoE layers.
+    ``version_of`` has the number of each row's version in ``versions``; ``unrouted`` counts rows
+    that were put as no router's choice.
     """
 
     ids: npt.NDArray[Any]
@@ -132,6 +161,10 @@ class PackedExperts:
     num_experts: int
     missing: tuple[MissingRows, ...] = ()
     model: tuple[int, int, int, tuple[int, ...]] = (0, 0, 0, ())
+    versions: tuple[int, ...] = ()
+    version_of: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, np.uint8))
+    tokens: npt.NDArray[np.int32] | None = None
+    unrouted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +175,9 @@ class ExpertBatch:
     ``valid`` bool, the same without the last two, False = route natively; ``cu_seqlens`` int32
     ``[sequences + 1]``, the global padded boundaries, one more where padding is a sequence of its
     own (every ``tail`` but ``last_sequence``); ``layers`` the MoE layers' global indices,
-    ``columns`` the global layer of each of the ids' layers.
+    ``columns`` the global layer of each of the ids' layers; ``tokens`` int32, shaped as ``valid``,
+    -1 where unknown, None unless they were asked for; ``versions`` and ``version_of`` are what
+    ``weight_version`` is made of.
     """
 
     ids: "torch.Tensor"
@@ -152,3 +187,18 @@ class ExpertBatch:
     num_experts: int
     missing: tuple[MissingRows, ...] = ()
     columns: tuple[int, ...] = ()
+    tokens: "torch.Tensor | None" = None
+    versions: tuple[int, ...] = ()
+    version_of: "torch.Tensor | None" = None
+
+    @property
+    def weight_version(self) -> "torch.Tensor":
+        """The version of the weights that chose each row's experts, -1 where not valid.
+
+        int64, shaped as ``valid``.
+        """
+        import torch
+
+        known = torch.tensor(self.versions or (-1,), dtype=torch.int64)
+        numbers = torch.zeros_like(self.valid) if self.version_of is None else self.version_of
+        return torch.where(self.valid, known[numbers.long()], -1)

@@ -18,7 +18,8 @@ class ShardStats:
     """Counters of one shard since it started, and what it holds now (bytes are exact).
 
     ``lost`` counts keys of earlier processes that were asked for; ``shared_rows`` the rows that
-    children did not store because an ancestor had them; ``oldest_s`` is an age in seconds.
+    children did not store because an ancestor had them; ``unrouted_rows`` rows that came with a
+    repeated expert and so were never routed; ``oldest_s`` is an age in seconds.
     """
 
     shard: str
@@ -34,6 +35,7 @@ class ShardStats:
     lost: int = 0
     shared_rows: int = 0
     oldest_s: float = 0.0
+    unrouted_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

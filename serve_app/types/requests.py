@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 FinishReason = Literal["stop", "length", "abort", "error"]
 UpdateMode = Literal["abort", "drain"]
 SleepLevel = Literal[1, 2]
+OnDivergence = Literal["raise", "prefix"]
 
 
 class GenerateRequest(BaseModel):
@@ -22,7 +23,9 @@ class GenerateRequest(BaseModel):
     looked for before ``min_new_tokens``. ``stop`` strings cut ``text``, never ``output_ids``.
 
     ``continue_from`` is the key of routes that cover the beginning of ``input_ids``: the new
-    key reads as the whole sequence, and rows that were covered stay as they were captured.
+    key reads as the whole sequence, and rows that were covered stay as they were captured. Where
+    ``input_ids`` part from the tokens that those were captured on, `PrefixMismatch` says so, or,
+    with ``on_divergence="prefix"``, the rows before are taken over and the rest is captured anew.
     ``lease_s=None`` takes the store's default. Requests of one ``session`` go to the same engine
     replica while it has room, where a prefix cache has what they begin with.
     """
@@ -50,6 +53,7 @@ class GenerateRequest(BaseModel):
     ignore_eos: bool = False
     return_routed_experts: bool = False
     continue_from: str | None = None
+    on_divergence: OnDivergence = "raise"
     tag: str | None = None
     lease_s: Annotated[float, Field(gt=0)] | None = None
     session: str | None = None
@@ -77,7 +81,8 @@ class GenerateResult:
 
     ``logprobs`` are those of the sampled tokens before temperature and filters.
     ``routed_experts`` is a key, an array ``[rows, layers, top_k]`` where keys are switched off,
-    or None, and then ``routed_experts_error`` says why if it was asked for.
+    or None, and then ``routed_experts_error`` says why if it was asked for. ``continued_rows`` of
+    the key's are those of ``continue_from``.
     """
 
     request_id: str
@@ -91,6 +96,7 @@ class GenerateResult:
     num_routed_tokens: int = 0
     error: str | None = None
     routed_experts_error: str | None = None
+    continued_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from serve_app.store.owner.directory import find_compat
 from tests.cluster.conftest import Open
 from tests.cluster.nodes.actors import pid_of
 from tests.cluster.test_cli import output
+from tests.distinct_ids import distinct_ids
 from tests.store_contract import LARGE, SMALL, MakeStore, expire, read, record
 
 
@@ -47,7 +48,7 @@ def upstreams(cluster: Cluster) -> Iterator[Any]:
 
 
 def routes(shape: tuple[int, int, int] = LARGE, dtype: str = "uint16", seed: int = 0) -> Any:
-    ids: npt.NDArray[Any] = np.random.default_rng(seed).integers(0, 128, shape).astype(dtype)
+    ids: npt.NDArray[Any] = distinct_ids(shape, 128, seed).astype(dtype)
     return ids
 
 

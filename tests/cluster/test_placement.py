@@ -184,7 +184,7 @@ class ManyPuts:
 
     async def put(self, app: str, rows: list[int]) -> list[str]:
         store = await asyncio.to_thread(connect, app, ray.get_runtime_context().current_actor)
-        ids = [np.full((1, 2, 2), [row // 128, row % 128]) for row in rows]
+        ids = [np.array([[[row // 128], [row % 128]]]) for row in rows]
         return list(
             await asyncio.gather(*(store.aput(make_record(one, num_experts=128)) for one in ids))
         )
@@ -202,7 +202,7 @@ def test_two_thousand_keys_are_one_call_a_shard(make_store: MakeStore) -> None:
     batch = RoutedExpertsClient("many").materialize(
         [RoutedSequence(key, 1) for key in keys], where="local"
     )
-    assert (batch.ids[:, 0].int() @ torch.tensor([128, 1], dtype=torch.int32)).tolist() == list(
+    assert (batch.ids[..., 0].int() @ torch.tensor([128, 1], dtype=torch.int32)).tolist() == list(
         range(2000)
     )
     name = f"{LATENCY}_count"

@@ -12,6 +12,7 @@ from serve_app.records import make_record
 from serve_app.store.owner.memory import MemoryStore
 from serve_app.tensors import pinned, tensor_over
 from serve_app.types import BatchSpec, RoutedSequence
+from tests.distinct_ids import distinct_ids
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("experts", [256, 257])
 def test_a_pinned_batch_is_copied_to_the_device_asynchronously(dtype: Any, experts: int) -> None:
     store = MemoryStore("pinned", StoreArgs(backend="memory"))
-    ids = np.random.default_rng(0).integers(0, experts, (4096, 48, 8))
+    ids = distinct_ids((4096, 48, 8), experts)
     key = store.put(make_record(ids, num_experts=experts))
     for _ in range(3):  # freed blocks are handed out again
         spec = BatchSpec(dtype=dtype)

@@ -19,6 +19,7 @@ from serve_app.errors import (
     UnknownKey,
 )
 from serve_app.store.owner.memory import shared
+from tests.distinct_ids import distinct_ids
 from tests.graph.test_rollout_graph import request, serve_locally
 
 PROMPT = [5, 6, 7, 8]
@@ -61,7 +62,7 @@ def weights(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_a_groups_prompt_is_stored_once(client: RoutedExpertsClient) -> None:
     wanted = request(input_ids=list(range(3, 103)), max_new_tokens=6)
     group = client.generate_group(wanted, n=8)
-    one_row = 4 * 4  # layers x top_k, a byte each
+    one_row = 4 * 4 + 4  # layers x top_k, a byte each, and the token
     assert client.stats().live_bytes == (100 + 8 * 5) * one_row
     assert client.stats().live_keys == 8
     assert [result.request_id for result in group] == [f"{wanted.request_id}-{i}" for i in range(8)]
@@ -123,7 +124,7 @@ def test_a_second_turn_stores_only_its_rows(client: RoutedExpertsClient) -> None
     second = client.generate(continuing(first, tokens, tag="turn"))
     rows = len(tokens) + 5
     assert second.num_routed_tokens == rows
-    assert client.stats().live_bytes == rows * 16
+    assert client.stats().live_bytes == rows * 20
     record = client.get(key_of(second))
     assert record.ids.shape[0] == rows
     whole = client.generate(request(input_ids=tokens, tag="turn"))
@@ -158,7 +159,7 @@ def test_a_group_may_continue(client: RoutedExpertsClient) -> None:
     first = client.generate(request(tag="turn"))
     tokens = [*PROMPT, *first.output_ids, 11, 12, 13]
     group = client.generate_group(continuing(first, tokens, tag="turn"), n=4)
-    assert client.stats().live_bytes == (len(tokens) + 4 * 5) * 16
+    assert client.stats().live_bytes == (len(tokens) + 4 * 5) * 20
     for index, result in enumerate(group):
         alone = client.generate(request(input_ids=tokens, tag="turn").member(index))
         assert alone.output_ids == result.output_ids
@@ -179,7 +180,10 @@ def test_nothing_new_to_store_still_makes_a_key(client: RoutedExpertsClient) -> 
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([5, 6, 7, 8, 1, 2, 3, 4, 9, 9], "rows 0 to 8: expected the tokens that it was captured"),
+        (
+            [5, 6, 7, 8, 1, 2, 3, 4, 9, 9],
+            r"they part at position 4: expected token \d+, on which it was captured, got 1",
+        ),
         ([5, 6, 7, 8], "expected at least 9 tokens, got 4"),
     ],
 )
@@ -197,7 +201,7 @@ def test_another_prefix_is_refused(
 
 
 def test_routes_that_cannot_be_checked_are_refused(client: RoutedExpertsClient) -> None:
-    ids = np.zeros((4, 4, 4), np.uint8)
+    ids = distinct_ids((4, 4, 4), 16)
     key = client.put(ids, num_experts=16, moe_layers=(0, 2, 3), tag="turn")
     with pytest.raises(PrefixMismatch, match="put without tokens"):
         client.generate(request(continue_from=key))

@@ -17,6 +17,7 @@ from serve_app.cli import main
 from serve_app.client.over_http import RoutesFetcher
 from serve_app.errors import KeyReleased, StoreError, UnknownKey
 from serve_app.wire.formats.ours import from_bytes
+from tests.distinct_ids import distinct_ids
 from tests.http_server import LocalGraph, client_of, listening
 
 OURS, NPY = "application/vnd.r3serve.record", "application/x-npy"
@@ -26,10 +27,9 @@ SAFETENSORS = "application/vnd.safetensors"
 @pytest.fixture
 def key(graph: LocalGraph) -> Iterator[str]:
     """A key of 50 rows."""
-    rng = np.random.default_rng(0)
     tokens = list(range(50))
     made = graph.client.put(
-        rng.integers(16, size=(50, 4, 4)), num_experts=16, moe_layers=(0, 2, 3), tokens=tokens
+        distinct_ids((50, 4, 4), 16), num_experts=16, moe_layers=(0, 2, 3), tokens=tokens
     )
     yield made
     graph.client.release([made])

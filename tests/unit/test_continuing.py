@@ -5,10 +5,11 @@ import pytest
 
 from serve_app.assemble.joining import joined
 from serve_app.config import StoreArgs
-from serve_app.continuing import continued, covered
+from serve_app.continuing import covered, put_continued
 from serve_app.errors import KeyReleased, RecordError
 from serve_app.records import Record, make_record
 from serve_app.store.owner.memory import MemoryStore
+from tests.distinct_ids import distinct_ids
 
 
 class Elsewhere(MemoryStore):
@@ -19,16 +20,15 @@ class Elsewhere(MemoryStore):
 
 
 def part(start: int, rows: int, seed: int, experts: int = 16) -> Record:
-    ids = np.random.default_rng(seed).integers(0, experts, (rows, 3, 2))
+    ids = distinct_ids((rows, 3, 2), experts, seed)
     return make_record(ids, num_experts=experts, start=start)
 
 
 def put_both(store: MemoryStore, first: Record, second: Record) -> str:
     parent = store.put(first)
-    record, under = continued(store, second, parent)
-    key = store.put(record, parent=under)
+    put = put_continued(store, second, parent)
     store.release([parent])
-    return key
+    return put.key
 
 
 @pytest.mark.parametrize("kind", [MemoryStore, Elsewhere])
@@ -67,7 +67,7 @@ def test_a_parent_of_another_model_or_released_is_refused() -> None:
     store = MemoryStore("unit", StoreArgs(backend="memory"))
     parent = store.put(part(0, 5, 1))
     with pytest.raises(RecordError, match=r"16, \(0, 1, 2\)\), got \(3, 2, 32"):
-        continued(store, part(5, 1, 2, experts=32), parent)
+        put_continued(store, part(5, 1, 2, experts=32), parent)
     store.release([parent])
     with pytest.raises(KeyReleased):
-        continued(store, part(5, 1, 2), parent)
+        put_continued(store, part(5, 1, 2), parent)

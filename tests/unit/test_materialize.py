@@ -14,6 +14,7 @@ from serve_app.records import make_record
 from serve_app.store.keys import Key
 from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import BatchSpec, OutputDtype, RankSlice, RoutedSequence
+from tests.distinct_ids import distinct_ids
 
 
 def store() -> MemoryStore:
@@ -21,7 +22,7 @@ def store() -> MemoryStore:
 
 
 def routes(rows: int, experts: int = 16, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, experts, (rows, 3, 2))
+    return distinct_ids((rows, 3, 2), experts, seed)
 
 
 @st.composite

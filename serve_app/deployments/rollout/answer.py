@@ -11,11 +11,15 @@ from serve_app.types import GenerateRequest, GenerateResult
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """A key or an array ``[rows, layers, top_k]``, and the rows it has; or why there is none."""
+    """A key or an array ``[rows, layers, top_k]``, and the rows it has; or why there is none.
+
+    ``continued_rows`` of them are those of the key that the request continued.
+    """
 
     value: str | npt.NDArray[Any] | None = None
     rows: int = 0
     error: str | None = None
+    continued_rows: int = 0
 
 
 @dataclass(slots=True)
@@ -36,11 +40,6 @@ class Answer:
         if chunk.finish_reason is not None:
             self.last = chunk
 
-    @property
-    def tokens(self) -> list[int]:
-        """Prompt and output."""
-        return [*self.request.input_ids, *self.output_ids]
-
     def result(self, routes: Routes) -> GenerateResult:
         """Return the finished rollout."""
         assert self.last is not None
@@ -57,4 +56,5 @@ class Answer:
             num_routed_tokens=routes.rows,
             error=self.last.error,
             routed_experts_error=routes.error,
+            continued_rows=routes.continued_rows,
         )

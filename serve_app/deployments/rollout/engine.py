@@ -258,7 +258,9 @@ class InferenceEngine:
     async def _earlier(self, request: GenerateRequest) -> Earlier | None:
         if request.continue_from is None:
             return None
-        return await self._keys.earlier(request.continue_from, request.input_ids, self._engine.info)
+        return await self._keys.earlier(
+            request.continue_from, request.input_ids, self._engine.info, request.on_divergence
+        )
 
     async def _connect(self) -> RecordStore:
         return await connect_store(self._store_args, self._supervisor)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from serve_app.config import EngineArgs
 from serve_app.deployments.rollout.answer import Answer, Routes
@@ -37,13 +38,14 @@ class HandingOut:
         if not self._args.enable_transfer_obj_ref:
             return Routes(record.ids, record.meta.rows)
         try:
-            key = await self._keys.put(answer.request, record, answer.tokens, earlier)
+            key = await self._keys.put(answer.request, record, earlier)
         except R3Error as error:
             return _no_key(error)
         if not self._unread.handed_out(answer.request.request_id, key):
             await self._keys.release([key])
             return Routes(error="the client went away before its key was there")
-        return Routes(key, max(record.meta.stop, earlier.rows if earlier else 0))
+        rows = earlier.rows if earlier else 0
+        return Routes(key, max(record.meta.stop, rows), continued_rows=rows)
 
     async def hand_out_group(
         self, request: GenerateRequest, answers: Sequence[Answer], earlier: Earlier | None
@@ -60,14 +62,14 @@ class HandingOut:
             common = await asyncio.to_thread(rows_in_common, whole, rows)
         if not common:
             return await self._each(answers, earlier, earlier, rows)
-        prompt = await asyncio.to_thread(part_of, whole[0], 0, common, request.input_ids)
+        prompt = await asyncio.to_thread(part_of, whole[0], 0, common)
         try:
-            async with self._keys.shared_rows(
-                request, prompt, request.input_ids, earlier
-            ) as shared:
-                return await self._each(answers, earlier, shared, rows)
+            async with self._keys.shared_rows(request, prompt, earlier) as shared:
+                routes = await self._each(answers, earlier, shared, rows)
         except R3Error as error:
             return [_no_key(error) for _ in answers]
+        taken = earlier.rows if earlier else 0  # what the group shares is its own
+        return [replace(one, continued_rows=min(one.continued_rows, taken)) for one in routes]
 
     async def _each(
         self,

@@ -5,23 +5,32 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from serve_app.continuing import covered
+from serve_app.continuing import compare, covered, same_by_hash, up_to
 from serve_app.engines.base import ModelInfo
 from serve_app.errors import PrefixMismatch, RecordError
-from serve_app.records import Ids, Record, RecordMeta, hash_tokens, new_part_of
+from serve_app.records import Ids, Record, RecordMeta, new_part_of
 from serve_app.store.base import RecordStore
 from serve_app.store.keys import shorten
-from serve_app.types import GenerateRequest
+from serve_app.types import GenerateRequest, OnDivergence
 
 _AT_ONCE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """Rows that a rollout need not store: the first ``rows`` of its sequence, under ``key``."""
+    """Rows that a rollout need not store: the first ``rows`` of its sequence, under ``key``.
+
+    ``is_cut``: the key has more, which are another sequence's.
+    """
 
     key: str
     rows: int
+    is_cut: bool = False
+
+    @property
+    def cut(self) -> int | None:
+        """The position where the key's rows end for this sequence, None for all of them."""
+        return self.rows if self.is_cut else None
 
 
 class RouteKeys:
@@ -32,34 +41,52 @@ class RouteKeys:
         self._connecting = asyncio.Lock()
         self._store: RecordStore | None = None
 
-    async def earlier(self, key: str, tokens: Sequence[int], info: ModelInfo) -> Earlier:
-        """Return what ``key`` has of a sequence that begins with ``tokens``.
+    async def earlier(
+        self,
+        key: str,
+        tokens: Sequence[int],
+        info: ModelInfo,
+        on_divergence: OnDivergence = "raise",
+    ) -> Earlier | None:
+        """Return what ``key`` has of a sequence that begins with ``tokens``, None for nothing.
 
-        Raises why the key cannot be read, `PrefixMismatch` where it was captured on other tokens,
-        and `RecordError` where it is of another model.
+        Raises why the key cannot be read, `RecordError` where it is of another model, and
+        `PrefixMismatch` where it was captured on other tokens, or on more of them; with
+        ``on_divergence="prefix"`` what they have in common is returned instead.
         """
         store = await self._found()
         chain = await store.adescribe(key)
+        what = f"continue_from {shorten(key)}"
         if not isinstance(chain, list):
-            raise type(chain)(f"continue_from {shorten(key)}: {chain}")
+            raise type(chain)(f"{what}: {chain}")
         for meta in chain:
             _check_model(meta, info, key)
-            _check_tokens(meta, tokens, key)
-        return Earlier(key, covered(chain))
+        if same_by_hash(chain, tokens):
+            return Earlier(key, covered(chain))
+        found = await asyncio.to_thread(compare, store, key, chain, tokens)
+        if on_divergence == "raise":
+            found.check_same(what)
+            found.check_known(what)
+            if found.covered > len(tokens):
+                raise PrefixMismatch(
+                    f"{what}: expected at least {found.covered} tokens, got {len(tokens)}"
+                )
+            return Earlier(key, found.covered)
+        rows = min(found.common, len(tokens))
+        return Earlier(key, rows, is_cut=rows < found.covered) if rows else None
 
     async def put(
         self,
         request: GenerateRequest,
         record: Record,
-        tokens: Sequence[int],
         earlier: Earlier | None,
     ) -> str:
         """Store the rows of ``record`` that are new; the key reads as the whole sequence.
 
-        ``tokens`` are those of the whole sequence. If the caller is cancelled, what was put by
-        then is released: nobody will ever know its key.
+        If the caller is cancelled, what was put by then is released: nobody will ever know its
+        key.
         """
-        put = asyncio.ensure_future(self._put(request, record, tokens, earlier))
+        put = asyncio.ensure_future(self._put(request, record, earlier))
         try:
             return await asyncio.shield(put)
         except asyncio.CancelledError:
@@ -87,11 +114,10 @@ class RouteKeys:
         self,
         request: GenerateRequest,
         record: Record,
-        tokens: Sequence[int],
         earlier: Earlier | None,
     ) -> AsyncIterator[Earlier]:
         """Put the rows that several rollouts have in common; theirs keep them alive afterwards."""
-        key = await self.put(request.model_copy(update={"tag": None}), record, tokens, earlier)
+        key = await self.put(request.model_copy(update={"tag": None}), record, earlier)
         try:
             yield Earlier(key, record.meta.stop)
         finally:
@@ -101,37 +127,46 @@ class RouteKeys:
         self,
         request: GenerateRequest,
         record: Record,
-        tokens: Sequence[int],
         earlier: Earlier | None,
     ) -> str:
         store, near = await self._found(), list[str]()
-        parent = None
+        parent, cut = None, None
         if earlier is not None:
-            if not store.is_local(earlier.key):
-                near = await self._copied(earlier.key, request.lease_s)
-            parent = near[-1] if near else earlier.key
-            record = await self._new_part(record, earlier.rows, tokens)
+            parent, cut = earlier.key, earlier.cut
+            if not store.is_local(parent):
+                near = await self._copied(earlier, request.lease_s)
+                parent, cut = near[-1], None
+            record = await self._new_part(record, earlier.rows)
         try:
-            return await store.aput(record, tag=request.tag, lease_s=request.lease_s, parent=parent)
+            return await store.aput(
+                record,
+                tag=request.tag,
+                lease_s=request.lease_s,
+                parent=parent,
+                parent_rows=cut,
+            )
         finally:
             if near:
                 await asyncio.to_thread(store.release, near)
 
-    async def _new_part(self, record: Record, covered: int, tokens: Sequence[int]) -> Record:
+    async def _new_part(self, record: Record, covered: int) -> Record:
         """Cut off what is covered; here if that is little work, since a thread takes longer."""
         new = max(record.meta.stop - covered, 1)
         if new * record.meta.nbytes <= _AT_ONCE_BYTES * record.meta.rows:
-            return new_part_of(record, covered, tokens)
-        return await asyncio.to_thread(new_part_of, record, covered, tokens)
+            return new_part_of(record, covered)
+        return await asyncio.to_thread(new_part_of, record, covered)
 
-    async def _copied(self, key: str, lease_s: float | None) -> list[str]:
+    async def _copied(self, earlier: Earlier, lease_s: float | None) -> list[str]:
         """Copy a chain to this node, each part with its own version; return the copies' keys."""
         store = await self._found()
-        (segments,) = await asyncio.to_thread(store.fetch, [key])
+        chain = await store.adescribe(earlier.key)
+        metas = chain if isinstance(chain, list) else []
+        tracks = list({track.name: None for meta in metas for track in meta.tracks})
+        (segments,) = await asyncio.to_thread(store.fetch, [earlier.key], None, tracks)
         if not isinstance(segments, list):
-            raise type(segments)(f"continue_from {shorten(key)}: {segments}")
+            raise type(segments)(f"continue_from {shorten(earlier.key)}: {segments}")
         keys: list[str] = []
-        for segment in segments:
+        for segment in await asyncio.to_thread(up_to, segments, earlier.cut):
             parent = keys[-1] if keys else None
             keys.append(await store.aput(segment, lease_s=lease_s, parent=parent))
         return keys
@@ -154,17 +189,4 @@ def _check_model(meta: RecordMeta, info: ModelInfo, key: str) -> None:
         raise RecordError(
             f"continue_from {shorten(key)}: expected (layers, top_k, experts, MoE layers)"
             f" {expected} as this model has, got {found}"
-        )
-
-
-def _check_tokens(meta: RecordMeta, tokens: Sequence[int], key: str) -> None:
-    where = f"continue_from {shorten(key)}, rows {meta.start} to {meta.stop - 1}"
-    if meta.token_hash is None:
-        raise PrefixMismatch(f"{where}: expected a token hash to check, it was put without tokens")
-    if meta.stop > len(tokens):
-        raise PrefixMismatch(f"{where}: expected at least {meta.stop} tokens, got {len(tokens)}")
-    if (found := hash_tokens(tokens[meta.start : meta.stop])) != meta.token_hash:
-        raise PrefixMismatch(
-            f"{where}: expected the tokens that it was captured on, with hash"
-            f" {meta.token_hash:016x}, got others, with hash {found:016x}"
         )

@@ -131,6 +131,7 @@ class Rollout:
             moe_layers=info.moe_layers,
             weight_version=self.weight_version,
             tokens=tokens[:count],
+            repeats="ours",
         )
 
     def _feed(self, token: int) -> str:

@@ -122,6 +122,7 @@ class Rollout:
             moe_layers=self.experts.moe_layers,
             weight_version=self.weight_version,
             tokens=(self.prompt + self.output)[:rows],
+            repeats="ours",
         )
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve_app.errors import InvalidRequest
 from serve_app.ingress.guard.errors import refused
 from serve_app.sessions import session_name
-from serve_app.types import GenerateRequest
+from serve_app.types import GenerateRequest, OnDivergence
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 Words = str | list[str]
@@ -19,8 +19,9 @@ _INT64 = 2**63
 class SamplingBody(BaseModel):
     """Fields of ``/generate``, chat and completions alike; unknown ones are accepted, as there.
 
-    ``seed``, ``continue_from``, ``tag`` and ``lease_s`` are r3serve's own, see `GenerateRequest`.
-    Left out, a filter is off: LMDeploy would take ``top_k=50`` or the checkpoint's own.
+    ``seed``, ``continue_from``, ``on_divergence``, ``tag`` and ``lease_s`` are r3serve's own, see
+    `GenerateRequest`. Left out, a filter is off: LMDeploy would take ``top_k=50`` or the
+    checkpoint's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -42,6 +43,7 @@ class SamplingBody(BaseModel):
     repetition_ngram_threshold: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=-_INT64, lt=2 * _INT64)] | None = None
     continue_from: str | None = None
+    on_divergence: OnDivergence | None = None
     tag: str | None = None
     lease_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -72,6 +74,7 @@ class SamplingBody(BaseModel):
             "return_routed_experts": self.return_routed_experts,
             "seed": self.seed,
             "continue_from": self.continue_from,
+            "on_divergence": self.on_divergence,
             "tag": self.tag,
             "lease_s": self.lease_s,
             **fields,

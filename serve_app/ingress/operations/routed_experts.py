@@ -18,6 +18,7 @@ from serve_app.ingress.operations.formats import (
     NPY,
     OF_BATCHES,
     OF_RECORDS,
+    OURS,
     Encoded,
     acceptable,
     encode_batch,
@@ -31,6 +32,7 @@ from serve_app.types import (
     OnMissing,
     OutputDtype,
     PackedExperts,
+    Pad,
     RankSlice,
     RoutedSequence,
     Tail,
@@ -98,7 +100,7 @@ class MaterializeBody(BaseModel):
     dtype: OutputDtype | None = None
     rank: RankBody = RankBody()
     on_missing: OnMissing = "raise"
-    pad: Literal["mask", "spread", "random"] = "mask"
+    pad: Pad = "mask"
     pad_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     def spec(self) -> BatchSpec:
@@ -140,10 +142,10 @@ async def fetch(body: FetchBody, edge: Edge, accept: Accept = None) -> Response:
         record = reader.get(body.key)
         if body.head:
             return Encoded(kind, ()), record.meta
-        return encode_record(_part(record, body, most), kind), record.meta
+        return encode_record(_part(record, body, kind, most), kind), record.meta
 
     encoded, meta = await edge.reading(read)
-    most_rows = most * meta.rows // meta.nbytes
+    most_rows = most // _row_nbytes(meta, kind)
     headers = {START: str(meta.start), STOP: str(meta.stop), MOST_ROWS: str(most_rows)}
     return _streamed(encoded, headers)
 
@@ -194,13 +196,18 @@ async def release(body: ReleaseBody, edge: Edge, request: Request) -> Released:
     return Released(released=await edge.reading(end))
 
 
-def _part(record: Record, body: FetchBody, most: int) -> Record:
+def _row_nbytes(meta: RecordMeta, kind: str) -> int:
+    """Return how much a row takes in an answer; of ragged tracks on average, rounded up."""
+    return -(-(meta.nbytes if kind == OURS else meta.ids_nbytes) // meta.rows)
+
+
+def _part(record: Record, body: FetchBody, kind: str, most: int) -> Record:
     meta = record.meta
     first = meta.start if body.first is None else body.first
     stop = meta.stop if body.rows is None else first + body.rows
     if not meta.start <= first < stop <= meta.stop:
         raise InvalidRequest(f"expected rows in [{meta.start}, {meta.stop}), got [{first}, {stop})")
-    _check_size((stop - first) * (meta.nbytes // meta.rows), most)
+    _check_size((stop - first) * _row_nbytes(meta, kind), most)
     if stop - first == meta.rows:
         return record
     if meta.raw:

@@ -26,8 +26,8 @@ def save(
     total = store.stats().live_keys
     writer = SnapshotWriter(path, store.app, store.secret)
     try:
-        for entries, arrays in store.pages(tag):
-            writer.write(entries, arrays)
+        for entries, records in store.pages(tag):
+            writer.write(entries, records)
             if progress:
                 progress(writer.records, max(total, writer.records))
         return writer.commit()
@@ -49,7 +49,13 @@ def restore(store: ShardStore, path: Path, progress: Progress | None = None) -> 
             store.adopt(*adopted.popitem())
 
     def put(page: SavedPage, entry: Entry, record: Record, parent: str | None) -> str:
-        new_key = store.put(record, tag=entry.tag, lease_s=entry.lease_s, parent=parent)
+        new_key = store.put(
+            record,
+            tag=entry.tag,
+            lease_s=entry.lease_s,
+            parent=parent,
+            parent_rows=entry.parent_rows,
+        )
         of_secret = adopted.setdefault(page.secret, {})
         of_secret[entry.key] = new_key
         if len(of_secret) >= PAGE_RECORDS:

@@ -10,16 +10,16 @@ from ray.exceptions import RayError
 
 from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, StoreError, StoreUnavailable
-from serve_app.records import Ids, Record, RecordMeta
+from serve_app.records import Record, RecordMeta
 from serve_app.store import outbox
 from serve_app.store.access.calls import GONE, Actor, ShardCalls, line, translate
 from serve_app.store.access.own_shard import OwnShard
 from serve_app.store.access.producer import Producer
 from serve_app.store.access.reads import ShardReader
 from serve_app.store.access.routing import KeyRouter
-from serve_app.store.base import Meanwhile, Segments, Unreadable
+from serve_app.store.base import Meanwhile, Segments, TrackPart, Unreadable
 from serve_app.store.keys import parse
-from serve_app.store.offers import Offer, offer_of, pack
+from serve_app.store.offers import Offer, column, columns_of, objects_of, offer_of, pack
 from serve_app.store.owner.answers import unpack_described
 from serve_app.store.owner.directory import STORE, Settings, find_directory, list_shards, this_node
 from serve_app.store.protocol import ask_protocol, check_protocol
@@ -64,17 +64,19 @@ class ShardStore:
         tag: str | None = None,
         lease_s: float | None = None,
         parent: str | None = None,
+        parent_rows: int | None = None,
     ) -> str:
         """See `RecordStore`."""
-        offer = offer_of(record, tag, lease_s, parent)
-        if offer.data is not None:
+        offer = offer_of(record, tag, lease_s, parent, parent_rows)
+        if offer.is_whole:
             packed = pack([offer])
             return _one(self._own.ask(lambda shard: shard.take_small.remote(packed), self._put_s))
         nbytes = record.meta.nbytes
         grant = self._own.ask(lambda shard: shard.reserve.remote(nbytes), self._put_s)
+        columns = [column(record, name) for name in columns_of(offer)]
         return str(
             self._own.ask(
-                lambda shard: shard.take.remote(grant, offer, record.ids), self.args.call_timeout_s
+                lambda shard: shard.take.remote(grant, offer, columns), self.args.call_timeout_s
             )
         )
 
@@ -85,20 +87,39 @@ class ShardStore:
         tag: str | None = None,
         lease_s: float | None = None,
         parent: str | None = None,
+        parent_rows: int | None = None,
     ) -> str:
         """See `RecordStore`."""
         if self._me is None:
             return await asyncio.to_thread(
-                self.put, record, tag=tag, lease_s=lease_s, parent=parent
+                self.put,
+                record,
+                tag=tag,
+                lease_s=lease_s,
+                parent=parent,
+                parent_rows=parent_rows,
             )
         if self._batches is None:
             budget = (self.args.byte_budget or 1 << 62) // 8
             self._batches = Producer(self._send, budget)
-        return await self._batches.put(offer_of(record, tag, lease_s, parent), record)
+        offer = offer_of(record, tag, lease_s, parent, parent_rows)
+        return await self._batches.put(offer, record)
 
-    def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
+    def release(
+        self,
+        keys: Sequence[str] = (),
+        *,
+        tag: str | None = None,
+        weight_version_below: int | None = None,
+    ) -> int:
         """See `RecordStore`."""
-        return self._change(keys, tag, lambda shard, texts: shard.release.remote(texts, tag))
+        below = weight_version_below
+        return self._change(
+            keys,
+            tag,
+            lambda shard, texts: shard.release.remote(texts, tag, below),
+            everywhere=below is not None,
+        )
 
     def renew(self, keys: Sequence[str] = (), *, tag: str | None = None, lease_s: float) -> int:
         """See `RecordStore`."""
@@ -119,10 +140,17 @@ class ShardStore:
         return StoreStats(answered, tuple(silent))
 
     def fetch(
-        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
+        self,
+        keys: Sequence[str],
+        meanwhile: Meanwhile | None = None,
+        tracks: Sequence[str] = (),
     ) -> list[Segments | Unreadable]:
         """See `RecordStore`."""
-        return self._reads.fetch(keys, meanwhile)
+        return self._reads.fetch(keys, meanwhile, tracks)
+
+    def fetch_track(self, key: str, name: str) -> list[TrackPart] | Unreadable:
+        """See `RecordStore`."""
+        return self._reads.fetch_track(key, name)
 
     def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
         """See `RecordStore`."""
@@ -140,7 +168,7 @@ class ShardStore:
                     return chain
         return (await asyncio.to_thread(self.describe, [key]))[0]
 
-    def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Ids]]]:
+    def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Record]]]:
         """See `ShardReader`."""
         return self._reads.pages(tag)
 
@@ -172,15 +200,20 @@ class ShardStore:
 
     async def _send(self, batch: Sequence[tuple[Offer, Record]]) -> list[str | StoreError]:
         """Send a batch of one event loop's records; small ones by value, the others pulled."""
-        small = [offer for offer, _ in batch if offer.data is not None]
-        big = [(offer, record) for offer, record in batch if offer.data is None]
+        small = [offer for offer, _ in batch if offer.is_whole]
+        big = [(offer, record) for offer, record in batch if not offer.is_whole]
         answers: dict[int, str | StoreError] = {}
         if small:
             kept = await self._own.tell("take_small", pack(small), self._put_s)
             answers.update(zip(map(id, small), kept, strict=True))
         if big:
-            number = outbox.leave([record.ids for _, record in big])
             offers = [offer for offer, _ in big]
+            number = outbox.leave(
+                [
+                    [column(record, name) for offer, record in big if name in columns_of(offer)]
+                    for name in objects_of(offers)
+                ]
+            )
             packed = pack(offers)
             try:
                 kept = await self._own.ask_async(
@@ -196,11 +229,12 @@ class ShardStore:
         keys: Sequence[str],
         tag: str | None,
         call: "Callable[[Actor, list[str]], ray.ObjectRef[int]]",
+        everywhere: bool = False,
     ) -> int:
         groups, foreign = self._router.by_shard(keys)
         if foreign:
             raise next(iter(foreign.values()))
-        if tag is not None:
+        if tag is not None or everywhere:
             groups = {name: [] for name in list_shards(self.app)} | groups
         changed, keyed = self._change_in(groups, call)
         if keyed < len(set(keys)):

@@ -1,7 +1,7 @@
 """Reading records from their shards: headers and references first, then all bytes at once."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,13 +9,20 @@ import ray
 from ray.exceptions import ObjectLostError, RayError
 
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
-from serve_app.records import Ids, Record, RecordMeta
+from serve_app.records import ROUTES, Ids, Record, RecordMeta, Track
 from serve_app.store.access.calls import ShardCalls, line
 from serve_app.store.access.routing import KeyRouter
-from serve_app.store.base import Meanwhile, Segments, Unreadable
+from serve_app.store.base import Meanwhile, Segments, TrackPart, Unreadable
 from serve_app.store.keys import parse
 from serve_app.store.outbox import Batch
-from serve_app.store.owner.answers import SMALL, Found, ReadAnswer, ids_of, unpack_described
+from serve_app.store.owner.answers import (
+    SMALL,
+    Found,
+    Place,
+    ReadAnswer,
+    ids_of,
+    unpack_described,
+)
 from serve_app.store.owner.directory import list_shards, this_node
 from serve_app.store.snapshot import Entry, Page
 
@@ -45,22 +52,43 @@ class ShardReader:
         self._timeout_s = timeout_s
 
     def fetch(
-        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
+        self,
+        keys: Sequence[str],
+        meanwhile: Meanwhile | None = None,
+        tracks: Sequence[str] = (),
     ) -> list[Segments | Unreadable]:
         """See `RecordStore`."""
-        reading = self._read(keys, meanwhile)
+        columns = (ROUTES, *tracks)
+        reading, batches = self._read_all(keys, columns, meanwhile)
+        answers: dict[str, Segments | Unreadable] = {**reading.unreadable}
+        for text, found, small, first in reading.reads:
+            answers[text] = _segments(found, _Bytes(small, batches, first), columns)
+        return [answers[text] for text in keys]
+
+    def fetch_track(self, key: str, name: str) -> list[TrackPart] | Unreadable:
+        """See `RecordStore`."""
+        reading, batches = self._read_all([key], (name,))
+        if key in reading.unreadable:
+            return reading.unreadable[key]
+        _, found, small, first = reading.reads[0]
+        return _track_parts(found, _Bytes(small, batches, first), name)
+
+    def _read_all(
+        self, keys: Sequence[str], columns: Sequence[str], meanwhile: Meanwhile | None = None
+    ) -> tuple[_Reading, list[Batch | Unreadable]]:
+        """Ask the shards, then bring their objects here."""
+        reading = self._read(keys, columns, meanwhile)
         batches = _get_here(reading.refs) if reading.here else None
         if batches is None:
             # Ray was once seen not to find an object of this very node, which one of several
             # threads had just let go of. So it is asked for by a new reference.
-            reading = self._read(keys) if reading.here else reading
+            reading = self._read(keys, columns) if reading.here else reading
             batches = _get_all(reading.refs, self._timeout_s)
-        answers: dict[str, Segments | Unreadable] = {**reading.unreadable}
-        for text, found, small, first in reading.reads:
-            answers[text] = _segments(found, small, batches, first)
-        return [answers[text] for text in keys]
+        return reading, batches
 
-    def _read(self, keys: Sequence[str], meanwhile: Meanwhile | None = None) -> _Reading:
+    def _read(
+        self, keys: Sequence[str], columns: Sequence[str], meanwhile: Meanwhile | None = None
+    ) -> _Reading:
         """Ask the shards what the keys are made of."""
         reads: list[tuple[str, Found, npt.NDArray[np.uint8], int]] = []
         refs: list[ray.ObjectRef[Batch]] = []
@@ -79,7 +107,7 @@ class ShardReader:
             return unreadable
 
         unreadable = self._router.ask(
-            keys, lambda shard, texts: shard.read.remote(texts), receive, meanwhile
+            keys, lambda shard, texts: shard.read.remote(texts, columns), receive, meanwhile
         )
         return _Reading(reads, refs, here, unreadable)
 
@@ -104,23 +132,25 @@ class ShardReader:
         """See `RecordStore`: on this process's node."""
         return parse(key, self._app).shard == this_node()
 
-    def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Ids]]]:
+    def pages(self, tag: str | None) -> Iterator[tuple[list[Entry], list[Record]]]:
         """Yield everything that the shards hold, or what a tag needs, some records at a time."""
         for name in list_shards(self._app):
             first: int | None = 0
             while first is not None:
                 page, read = self._page(name, tag, first)
                 batches = _get_all(read.refs, self._timeout_s)
-                arrays: list[Ids] = []
+                records: list[Record] = []
                 for found in read.found:
                     if isinstance(found, KeyUnreadable):
                         raise found
-                    segments = _segments(found, read.small, batches)
+                    segments = _segments(
+                        found, _Bytes(read.small, batches, 0), (ROUTES, *page.tracks)
+                    )
                     if not isinstance(segments, list):
                         raise segments
-                    arrays.append(segments[0].ids)
+                    records += segments
                 if page.entries:
-                    yield page.entries, arrays
+                    yield page.entries, records
                 first = page.next
 
     def _page(self, shard: str, tag: str | None, first: int) -> tuple[Page, ReadAnswer]:
@@ -166,20 +196,71 @@ def _get_one(ref: "ray.ObjectRef[Batch]") -> Batch | Unreadable:
         return StoreUnavailable(f"bytes did not arrive: {line(error)}")
 
 
-def _segments(
-    found: Found,
-    small: npt.NDArray[np.uint8],
-    batches: list[Batch | Unreadable],
-    first: int = 0,
-) -> Segments | Unreadable:
-    """Join headers and bytes; the answer's own batches begin at number ``first``."""
-    segments: Segments = []
-    for meta, (number, index) in found:
-        if number == SMALL:
-            segments.append(Record(meta, ids_of(meta, small, index)))
-            continue
-        batch = batches[first + number]
+class _Lost(Exception):
+    """A column's object did not arrive."""
+
+    def __init__(self, why: Unreadable) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+class _Bytes(NamedTuple):
+    """The bytes of one shard's answer; its own batches begin at number ``first``."""
+
+    small: npt.NDArray[np.uint8]
+    batches: list[Batch | Unreadable]
+    first: int
+
+    def at(self, place: Place) -> npt.NDArray[Any]:
+        """Return a column that came in an object; raise `_Lost` if that did not come."""
+        number, index = place
+        batch = self.batches[self.first + number]
         if not isinstance(batch, list):
-            return batch
-        segments.append(Record(meta, batch[index]))
+            raise _Lost(batch)
+        return batch[index]
+
+    def ids(self, meta: RecordMeta, place: Place | None) -> Ids:
+        """Return a record's routes."""
+        assert place is not None
+        if place[0] == SMALL:
+            return ids_of(meta, self.small, place[1])
+        return self.at(place)
+
+    def track(self, meta: RecordMeta, name: str, place: Place | None) -> Track | None:
+        """Return a record's track, None if it has none of that name."""
+        if place is None:
+            return None
+        header = meta.track(name)
+        assert header is not None
+        if place[0] == SMALL:
+            end = place[1] + header.nbytes(meta.rows)
+            return header.over(self.small[place[1] : end], meta.rows)
+        return header.over(self.at(place), meta.rows)
+
+
+def _segments(found: Found, of: _Bytes, columns: Sequence[str]) -> Segments | Unreadable:
+    """Join headers and bytes; ``columns`` begin with the routes."""
+    segments: Segments = []
+    try:
+        for meta, places, rows in found:
+            record = Record(meta, of.ids(meta, places[0]))
+            if len(columns) > 1:
+                named = zip(columns[1:], places[1:], strict=True)
+                tracks = {name: of.track(meta, name, place) for name, place in named}
+                have = {name: track for name, track in tracks.items() if track is not None}
+                record = Record(meta, record.ids, have)
+            segments.append(record.first(rows))
+    except _Lost as lost:
+        return lost.why
     return segments
+
+
+def _track_parts(found: Found, of: _Bytes, name: str) -> list[TrackPart] | Unreadable:
+    parts: list[TrackPart] = []
+    try:
+        for meta, places, rows in found:
+            track = of.track(meta, name, places[0])
+            parts.append((meta.first(rows), None if track is None else track.part(0, rows)))
+    except _Lost as lost:
+        return lost.why
+    return parts

@@ -3,14 +3,15 @@
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import KeyUnreadable
-from serve_app.records import Ids, RecordMeta
-from serve_app.store.owner.holdings import Payload
+from serve_app.records import ROUTES, Ids, RecordMeta, TrackMeta
+from serve_app.store.owner.holdings import Column, Payload
+from serve_app.store.owner.ledger import Link
 
 if TYPE_CHECKING:
     import ray
@@ -18,11 +19,26 @@ if TYPE_CHECKING:
     from serve_app.store.outbox import Batch
 
 Place = tuple[int, int]
-"""The number of the ref and the index in its list; of a small record `SMALL` and an offset."""
+"""The number of the ref and the index in its list; of few bytes `SMALL` and an offset."""
+Places = tuple[Place | None, ...]
+"""Where each column is that was asked for; None for one that the record does not have."""
 SMALL = -1
 _ALIGNED = 8
-Found = list[tuple[RecordMeta, Place]]
+_ROUTES_ALONE = (ROUTES,)
+_HEADER = RecordMeta._fields.index("tracks")
+
+
+class FoundRecord(NamedTuple):
+    """A record's header, where its columns are, and how many of its rows are meant."""
+
+    meta: RecordMeta
+    places: Places
+    rows: int
+
+
+Found = list[FoundRecord]
 """A key's segments."""
+_Packed = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...], Places, int]
 Described = list[list[RecordMeta] | KeyUnreadable]
 """The headers that keys are made of, or why they have none."""
 
@@ -54,30 +70,58 @@ class ReadAnswer:
     @property
     def found(self) -> list[Found | KeyUnreadable]:
         """What each key is made of, or why it has nothing."""
-        chains: list[list[tuple[tuple[Any, ...], Place]] | KeyUnreadable] = pickle.loads(
-            self.packed
-        )
+        chains: list[list[_Packed] | KeyUnreadable] = pickle.loads(self.packed)
         return [
-            [(RecordMeta(*header), place) for header, place in chain]
-            if isinstance(chain, list)
-            else chain
+            [_found(*packed) for packed in chain] if isinstance(chain, list) else chain
             for chain in chains
         ]
 
 
-class Collected:
-    """Puts an answer together: each chain's headers, and every object once."""
+def _found(
+    header: tuple[Any, ...], tracks: tuple[tuple[Any, ...], ...], places: Places, rows: int
+) -> FoundRecord:
+    if not tracks:
+        return FoundRecord(RecordMeta(*header), places, rows)
+    meta = RecordMeta(*header)._replace(tracks=tuple(TrackMeta(*track) for track in tracks))
+    return FoundRecord(meta, places, rows)
 
-    def __init__(self) -> None:
-        self._chains: list[list[tuple[tuple[Any, ...], Place]] | KeyUnreadable] = []
+
+class Collected:
+    """Puts an answer together: each chain's headers, and every object once.
+
+    ``columns`` are the routes or tracks that were asked for; headers are without their tracks
+    where those were not.
+    """
+
+    def __init__(self, columns: Sequence[str] = _ROUTES_ALONE) -> None:
+        self._columns = tuple(columns)
+        self._routes_alone = self._columns == _ROUTES_ALONE
+        self._chains: list[list[_Packed] | KeyUnreadable] = []
         self._small: list[bytes] = []
         self._small_bytes = 0
         self._refs: list[ray.ObjectRef[Batch]] = []
         self._numbers: dict[int, int] = {}
 
-    def add(self, chain: Sequence[tuple[RecordMeta, Payload]]) -> None:
+    def add(self, chain: Sequence[Link[Payload]]) -> None:
         """Add one key's segments."""
-        self._chains.append([(tuple(meta), self._place(payload)) for meta, payload in chain])
+        if self._routes_alone:
+            self._chains.append(
+                [
+                    (tuple(meta)[:_HEADER], (), (self._place(payload[0]),), rows)
+                    for meta, payload, rows in chain
+                ]
+            )
+            return
+        self._chains.append([self._packed(link) for link in chain])
+
+    def _packed(self, link: Link[Payload]) -> _Packed:
+        meta, payload, rows = link
+        names = (ROUTES, *(track.name for track in meta.tracks))
+        by_name = dict(zip(names, payload, strict=True))
+        places = tuple(
+            self._place(by_name[name]) if name in by_name else None for name in self._columns
+        )
+        return tuple(meta)[:_HEADER], tuple(map(tuple, meta.tracks)), places, rows
 
     def miss(self, why: KeyUnreadable) -> None:
         """Add a key that cannot be read."""
@@ -89,16 +133,16 @@ class Collected:
         small = np.frombuffer(b"".join([*self._small, bytes(_ALIGNED)]), np.uint8)
         return ReadAnswer(packed, small, self._refs)
 
-    def _place(self, payload: Payload) -> Place:
-        if isinstance(payload, bytes):
-            offset, padding = self._small_bytes, -len(payload) % _ALIGNED
-            self._small += (payload, bytes(padding)) if padding else (payload,)
-            self._small_bytes += len(payload) + padding
+    def _place(self, column: Column) -> Place:
+        if isinstance(column, bytes):
+            offset, padding = self._small_bytes, -len(column) % _ALIGNED
+            self._small += (column, bytes(padding)) if padding else (column,)
+            self._small_bytes += len(column) + padding
             return SMALL, offset
-        blob = payload.blob
+        blob = column.blob
         if (number := self._numbers.setdefault(id(blob), len(self._refs))) == len(self._refs):
             self._refs.append(blob.ref)
-        return number, payload.index
+        return number, column.index
 
 
 def ids_of(meta: RecordMeta, small: npt.NDArray[np.uint8], offset: int) -> Ids:

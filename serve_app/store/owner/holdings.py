@@ -1,17 +1,18 @@
 """What a shard holds: records in a ledger, their memory in a budget. No actor calls.
 
-A payload is a small record's bytes, or one piece of a blob: arrays that were pulled together,
-whose memory comes back when the last of them is dropped.
+A record's payload is its columns', routes first: few bytes themselves, or one piece of a blob:
+arrays that were pulled together, whose memory comes back when the last of them is dropped.
 """
 
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve_app.errors import KeyUnreadable, StoreError
 from serve_app.records import one_tuple
-from serve_app.store.offers import Offer
+from serve_app.store.offers import Offer, columns_of
 from serve_app.store.owner.budget import Budget
 from serve_app.store.owner.ledger import Ledger
 from serve_app.types import ShardStats
@@ -36,13 +37,14 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One record's array in a blob."""
+    """One record's column in a blob."""
 
     blob: Blob
     index: int
 
 
-Payload = bytes | Piece
+Column = bytes | Piece
+Payload = tuple[Column, ...]
 
 
 @dataclass(slots=True)
@@ -54,6 +56,7 @@ class Counts:
     full: int = 0
     lost: int = 0
     shared_rows: int = 0
+    unrouted_rows: int = 0
 
 
 class Holdings:
@@ -84,11 +87,13 @@ class Holdings:
                 lease_s=offer.lease_s or lease_s,
                 tag=offer.tag,
                 parent=parent,
+                parent_rows=offer.parent_rows,
             )
         except KeyUnreadable:
             self.drop(payload)
             raise
         self.counts.puts += 1
+        self.counts.unrouted_rows += meta.unrouted
         if parent is not None:
             self.counts.shared_rows += offer.meta.start
         return seq
@@ -102,12 +107,16 @@ class Holdings:
 
     def drop(self, payload: Payload) -> None:
         """Give a payload's memory back; that of a blob with its last piece."""
-        if isinstance(payload, bytes):
-            self.budget.give(len(payload))
-            return
-        payload.blob.needed -= 1
-        if not payload.blob.needed:
-            self.budget.give(payload.blob.nbytes)
+        freed = 0
+        for column in payload:
+            if isinstance(column, bytes):
+                freed += len(column)
+                continue
+            column.blob.needed -= 1
+            if not column.blob.needed:
+                freed += column.blob.nbytes
+        if freed:
+            self.budget.give(freed)
 
     def stats(self, shard: str, reserved: int) -> ShardStats:
         """Count what is held and what happened; ``reserved`` bytes have not arrived yet."""
@@ -124,5 +133,26 @@ class Holdings:
             full=self.counts.full,
             lost=self.counts.lost,
             shared_rows=self.counts.shared_rows,
+            unrouted_rows=self.counts.unrouted_rows,
             oldest_s=self.ledger.oldest_s(time.monotonic()),
         )
+
+
+def pieces_of(
+    offers: Sequence[Offer], refs: "Mapping[str, ray.ObjectRef[Batch]]"
+) -> list[dict[str, Piece]]:
+    """Return, for each offer, the columns of it that did not come along, by name.
+
+    ``refs`` has one object a column, as `serve_app.store.offers.objects_of` names them.
+    """
+    blobs = {name: Blob(ref, 0, 0) for name, ref in refs.items()}
+    pieces: list[dict[str, Piece]] = []
+    for offer in offers:
+        own: dict[str, Piece] = {}
+        for name in columns_of(offer):
+            blob = blobs[name]
+            own[name] = Piece(blob, blob.needed)
+            blob.needed += 1
+            blob.nbytes += offer.meta.size_of(name)
+        pieces.append(own)
+    return pieces

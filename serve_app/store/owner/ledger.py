@@ -7,7 +7,7 @@ payload is kept as long as a child needs it, and handed back to the caller when 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from serve_app.errors import KeyExpired, KeyReleased, UnknownKey
 from serve_app.records import RecordMeta
@@ -37,8 +37,28 @@ class _Entry(Generic[P]):
     lease_s: float
     tag: str | None
     parent: int | None
+    parent_rows: int | None
     born: float
     children: int = 0
+
+
+class Link(NamedTuple, Generic[P]):
+    """A record of a chain, and how many of its rows the chain has."""
+
+    meta: RecordMeta
+    payload: P
+    rows: int
+
+
+class Held(NamedTuple, Generic[P]):
+    """A record that is held, live or because a live one needs it."""
+
+    meta: RecordMeta
+    payload: P
+    lease_s: float
+    tag: str | None
+    parent: int | None
+    parent_rows: int | None
 
 
 class Ledger(Generic[P]):
@@ -69,15 +89,17 @@ class Ledger(Generic[P]):
         lease_s: float,
         tag: str | None = None,
         parent: int | None = None,
+        parent_rows: int | None = None,
     ) -> int:
         """Keep a record until ``now + lease_s``; return its sequence number.
 
-        ``parent`` must be readable; its rows become the beginning of this record's sequence.
+        ``parent`` must be readable; its rows, up to position ``parent_rows``, become the beginning
+        of this record's sequence.
         """
         if parent is not None:
             self._live(parent).children += 1
         seq, self._next = self._next, self._next + 1
-        self._entries[seq] = _Entry(meta, payload, lease_s, None, parent, now)
+        self._entries[seq] = _Entry(meta, payload, lease_s, None, parent, parent_rows, now)
         self._states.append(_State.LIVE)
         self._leases.add(seq, now + lease_s)
         self.live += 1
@@ -85,25 +107,33 @@ class Ledger(Generic[P]):
             self.tag(seq, tag)
         return seq
 
-    def read(self, seq: int, now: float) -> list[tuple[RecordMeta, P]]:
+    def read(self, seq: int, now: float) -> list[Link[P]]:
         """Return the record's chain, oldest ancestor first, and renew its lease."""
         entry = self._live(seq)
         self._leases.renew(seq, now + entry.lease_s)
-        chain = [(entry.meta, entry.payload)]
-        while entry.parent is not None:
-            entry = self._entries[entry.parent]
-            chain.append((entry.meta, entry.payload))
-        chain.reverse()
-        return chain
+        return self._chain(entry)
 
     def describe(self, seq: int) -> list[RecordMeta]:
         """Return the headers of the record's chain, oldest ancestor first; renews nothing."""
-        chain, entry = [], self._live(seq)
-        while True:
-            chain.append(entry.meta)
-            if entry.parent is None:
-                return chain[::-1]
+        return [
+            meta if rows == meta.rows else meta.first(rows)
+            for meta, _, rows in self._chain(self._live(seq))
+        ]
+
+    def _chain(self, entry: _Entry[P]) -> list[Link[P]]:
+        """Walk up to the oldest ancestor; each link may take less of what is above it."""
+        chain = [Link(entry.meta, entry.payload, entry.meta.rows)]
+        limit: int | None = None
+        while entry.parent is not None:
+            if entry.parent_rows is not None:
+                limit = entry.parent_rows if limit is None else min(limit, entry.parent_rows)
             entry = self._entries[entry.parent]
+            meta = entry.meta
+            rows = meta.rows if limit is None else min(meta.rows, limit - meta.start)
+            if rows > 0:
+                chain.append(Link(meta, entry.payload, rows))
+        chain.reverse()
+        return chain
 
     def oldest_s(self, now: float) -> float:
         """Return the age of the oldest record that is held, 0 if there is none."""
@@ -124,6 +154,21 @@ class Ledger(Generic[P]):
         reached = first + _LOOK_AT
         return found, reached if reached < self._next else None
 
+    def older(self, version: int, first: int) -> tuple[list[int], int | None]:
+        """Return live records of weights before ``version`` from number ``first`` on.
+
+        Looks at a bounded stretch, as `held` does, and says where to go on.
+        """
+        stop = min(first + _LOOK_AT, self._next)
+        found = [
+            seq
+            for seq in range(first, stop)
+            if (entry := self._entries.get(seq)) is not None
+            and entry.meta.weight_version < version
+            and self.is_live(seq)
+        ]
+        return found, stop if stop < self._next else None
+
     def family(self, tag: str) -> list[int]:
         """Return a tag's live records and their ancestors; parents come before children."""
         wanted: set[int] = set()
@@ -138,11 +183,13 @@ class Ledger(Generic[P]):
         """Whether the record reads."""
         return self._state(seq) is _State.LIVE
 
-    def entry(self, seq: int) -> tuple[RecordMeta, P, float, str | None, int | None] | None:
-        """Return a held record's header, payload, lease, tag and parent; None if it is gone."""
+    def entry(self, seq: int) -> "Held[P] | None":
+        """Return a held record and what is known of it; None if it is gone."""
         if (entry := self._entries.get(seq)) is None:
             return None
-        return entry.meta, entry.payload, entry.lease_s, entry.tag, entry.parent
+        return Held(
+            entry.meta, entry.payload, entry.lease_s, entry.tag, entry.parent, entry.parent_rows
+        )
 
     def renew(self, seq: int, now: float, lease_s: float) -> None:
         """Let the lease end at ``now + lease_s``, and last as long after each read."""

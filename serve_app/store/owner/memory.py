@@ -3,18 +3,44 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull, without_frames
-from serve_app.records import Ids, Record, RecordMeta
-from serve_app.store.base import Meanwhile, Segments, Unreadable
+from serve_app.records import Ids, Record, RecordMeta, Tracks
+from serve_app.store.base import Meanwhile, Segments, TrackPart, Unreadable
 from serve_app.store.keys import Key, verify
 from serve_app.store.owner.ledger import Ledger
 from serve_app.types import ShardStats, StoreStats
 
 _SHARD = "0000000000"
 _DEFAULT_BUDGET = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A record's columns."""
+
+    ids: Ids
+    buffers: dict[str, npt.NDArray[np.uint8]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def chosen(self, meta: RecordMeta, names: Sequence[str]) -> Tracks:
+        wanted = [track for track in meta.tracks if track.name in names]
+        return {each.name: each.over(self.buffers[each.name], meta.rows) for each in wanted}
+
+
+def _own(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    copied = array.copy()
+    copied.flags.writeable = False
+    return copied
 
 
 class MemoryStore:
@@ -27,10 +53,10 @@ class MemoryStore:
         self._args = args
         self._budget = args.byte_budget or _DEFAULT_BUDGET
         self._clock = clock
-        self._ledger: Ledger[Ids] = Ledger()
+        self._ledger: Ledger[_Kept] = Ledger()
         self._changed = threading.Condition()
         self._used = 0
-        self._counts = dict.fromkeys(("puts", "gets", "full", "waiting"), 0)
+        self._counts = dict.fromkeys(("puts", "gets", "full", "waiting", "unrouted"), 0)
 
     def put(
         self,
@@ -39,24 +65,25 @@ class MemoryStore:
         tag: str | None = None,
         lease_s: float | None = None,
         parent: str | None = None,
+        parent_rows: int | None = None,
     ) -> str:
         """See `RecordStore`."""
         need = record.meta.nbytes
         with self._changed:
             self._sweep()
             self._wait_for_room(need)
-            ids = record.ids.copy()
-            ids.flags.writeable = False
             seq = self._ledger.add(
                 record.meta,
-                ids,
+                _Kept(_own(record.ids), {n: _own(t.buffer()) for n, t in record.tracks.items()}),
                 now=self._clock(),
                 lease_s=lease_s or self._args.lease_s,
                 tag=tag,
                 parent=None if parent is None else self._seq(parent),
+                parent_rows=parent_rows,
             )
             self._used += need
             self._counts["puts"] += 1
+            self._counts["unrouted"] += record.meta.unrouted
             return Key(self._app, _SHARD, 0, seq).sign(b"memory")
 
     async def aput(self, record: Record, **how: Any) -> str:
@@ -64,7 +91,10 @@ class MemoryStore:
         return self.put(record, **how)
 
     def fetch(
-        self, keys: Sequence[str], meanwhile: Meanwhile | None = None
+        self,
+        keys: Sequence[str],
+        meanwhile: Meanwhile | None = None,
+        tracks: Sequence[str] = (),
     ) -> list[Segments | Unreadable]:
         """See `RecordStore`. Nobody is waited for, so ``meanwhile`` is left to the caller."""
         answers: list[Segments | Unreadable] = []
@@ -77,8 +107,20 @@ class MemoryStore:
                     answers.append(without_frames(why))
                     continue
                 self._counts["gets"] += 1
-                answers.append([Record(meta, ids) for meta, ids in chain])
+                answers.append(
+                    [
+                        Record(meta, kept.ids, kept.chosen(meta, tracks)).first(rows)
+                        for meta, kept, rows in chain
+                    ]
+                )
         return answers
+
+    def fetch_track(self, key: str, name: str) -> list[TrackPart] | Unreadable:
+        """See `RecordStore`."""
+        (found,) = self.fetch([key], tracks=[name])
+        if not isinstance(found, list):
+            return found
+        return [(record.meta, record.tracks.get(name)) for record in found]
 
     def describe(self, keys: Sequence[str]) -> list[list[RecordMeta] | Unreadable]:
         """See `RecordStore`."""
@@ -101,11 +143,22 @@ class MemoryStore:
         verify(key, self._app, b"memory")
         return True
 
-    def release(self, keys: Sequence[str] = (), *, tag: str | None = None) -> int:
+    def release(
+        self,
+        keys: Sequence[str] = (),
+        *,
+        tag: str | None = None,
+        weight_version_below: int | None = None,
+    ) -> int:
         """See `RecordStore`."""
         with self._changed:
             self._sweep()
-            ended = sum(self._ledger.release(seq) for seq in self._chosen(keys, tag))
+            chosen = self._chosen(keys, tag)
+            first = None if weight_version_below is None else 0
+            while first is not None and weight_version_below is not None:
+                older, first = self._ledger.older(weight_version_below, first)
+                chosen += older
+            ended = sum(self._ledger.release(seq) for seq in chosen)
             self._give_back()
             return ended
 
@@ -142,6 +195,7 @@ class MemoryStore:
                 released=self._ledger.released,
                 expired=self._ledger.expired,
                 full=self._counts["full"],
+                unrouted_rows=self._counts["unrouted"],
             )
         return StoreStats((shard,))
 
@@ -175,7 +229,7 @@ class MemoryStore:
         self._give_back()
 
     def _give_back(self) -> None:
-        if freed := sum(ids.nbytes for ids in self._ledger.take_dropped()):
+        if freed := sum(kept.nbytes for kept in self._ledger.take_dropped()):
             self._used -= freed
             self._changed.notify_all()
 

@@ -23,6 +23,7 @@ COUNTERS = {
     "expired": "Keys whose lease ended.",
     "full": "Puts refused because the budget stayed exhausted.",
     "lost": "Reads of keys that an earlier process of the shard held.",
+    "unrouted_rows": "Rows put with a repeated expert in a layer: nobody routed them.",
     "shared_rows": "Rows that children did not store because an ancestor had them.",
 }
 LATENCY = "r3serve_store_call_seconds"

@@ -26,14 +26,17 @@ from serve_app.errors import (
     without_frames,
 )
 from serve_app.observe.event_log import log_event
+from serve_app.records import ROUTES
 from serve_app.store import outbox
 from serve_app.store.door import OpenDoor
 from serve_app.store.keys import verify
-from serve_app.store.offers import Offer, unpack
+from serve_app.store.offers import Offer, objects_of, unpack
 from serve_app.store.owner.answers import Collected, Described, ReadAnswer, pack_described
 from serve_app.store.owner.epochs import Epochs
-from serve_app.store.owner.holdings import DROP_AT_ONCE, Blob, Holdings, Payload, Piece
+from serve_app.store.owner.holdings import DROP_AT_ONCE, Holdings, Piece, pieces_of
+from serve_app.store.owner.ledger import Link
 from serve_app.store.owner.metrics import ShardMetrics
+from serve_app.store.owner.object_store import default_budget
 from serve_app.store.owner.presence import is_served
 from serve_app.store.snapshot import PAGE_RECORDS, Entry, Page
 from serve_app.types import ShardStats
@@ -85,7 +88,7 @@ class Shard:
         begun = time.monotonic()
         offers = unpack(packed)
         await self._reserve(sum(offer.meta.nbytes for offer in offers))
-        kept = [self._keep(offer, offer.data) for offer in offers if offer.data is not None]
+        kept = [self._keep(offer, {}) for offer in offers]
         self._metrics.took("put", time.monotonic() - begun)
         return kept
 
@@ -94,25 +97,26 @@ class Shard:
     ) -> list[str | StoreError]:
         """Fetch batch ``number`` from the producer's outbox and keep its records.
 
-        Reserves first, so a full store pins nothing. The reference is this actor's own;
+        Reserves first, so a full store pins nothing. The references are this actor's own;
         ``packed`` are pickled offers.
         """
         begun = time.monotonic()
         offers = unpack(packed)
         total = sum(offer.meta.nbytes for offer in offers)
         await self._reserve(total)
-        blob_ref: ray.ObjectRef[outbox.Batch]
-        done: ray.ObjectRef[None]
-        blob_ref, done = producer.__ray_call__.options(num_returns=2).remote(outbox.give, number)
+        names = objects_of(offers)
+        refs: list[Any] = producer.__ray_call__.options(num_returns=len(names) + 1).remote(
+            outbox.give, number
+        )
         try:
-            await asyncio.wait_for(done, self._args.call_timeout_s)
+            await asyncio.wait_for(refs[-1], self._args.call_timeout_s)
         except BaseException as error:
             self._holdings.budget.give(total)
             if isinstance(error, (RayError, TimeoutError)):
                 raise StoreUnavailable(f"the producer gave no records: {error}") from None
             raise
-        blob = Blob(blob_ref, total, len(offers))
-        kept = [self._keep(offer, Piece(blob, index)) for index, offer in enumerate(offers)]
+        pieces = pieces_of(offers, dict(zip(names, refs[:-1], strict=True)))
+        kept = [self._keep(offer, each) for offer, each in zip(offers, pieces, strict=True)]
         self._metrics.took("put", time.monotonic() - begun)
         return kept
 
@@ -123,25 +127,26 @@ class Shard:
         self._grants[grant] = (nbytes, time.monotonic() + self._args.put_timeout_s)
         return grant
 
-    async def take(self, grant: int, offer: Offer, ids: npt.NDArray[Any]) -> str:
+    async def take(self, grant: int, offer: Offer, columns: list[npt.NDArray[Any]]) -> str:
         """Keep a record that was sent under a grant (one more copy than `pull`)."""
         if grant not in self._grants:
             raise StoreUnavailable("the room granted for this record lapsed before it arrived")
         nbytes, _ = self._grants.pop(grant)
         try:
-            ref = await asyncio.to_thread(ray.put, [ids])
+            refs = [await asyncio.to_thread(ray.put, [column]) for column in columns]
         except BaseException:
             self._holdings.budget.give(nbytes)
             raise
-        kept = self._keep(offer, Piece(Blob(ref, nbytes, 1), 0))
+        (pieces,) = pieces_of([offer], dict(zip(objects_of([offer]), refs, strict=True)))
+        kept = self._keep(offer, pieces)
         if isinstance(kept, StoreError):
             raise kept
         return kept
 
-    async def read(self, keys: Sequence[str]) -> ReadAnswer:
-        """Return what the keys are made of; renews their leases."""
+    async def read(self, keys: Sequence[str], columns: Sequence[str] = (ROUTES,)) -> ReadAnswer:
+        """Return what the keys are made of, routes or tracks; renews their leases."""
         begun = time.monotonic()
-        collected = Collected()
+        collected = Collected(columns)
         for text in keys:
             try:
                 collected.add(self._holdings.ledger.read(self._find(text), begun))
@@ -172,16 +177,17 @@ class Shard:
             seqs = family[:PAGE_RECORDS]
             more = family[PAGE_RECORDS] if len(family) > PAGE_RECORDS else None
         entries: list[Entry] = []
-        collected = Collected()
-        for seq in seqs:
-            if (held := ledger.entry(seq)) is None:
-                continue
-            meta, payload, lease_s, record_tag, parent = held
-            above = None if parent is None else self._epochs.sign(parent)
+        found = [(seq, held) for seq in seqs if (held := ledger.entry(seq)) is not None]
+        tracks = {track.name: None for _, held in found for track in held.meta.tracks}
+        collected = Collected((ROUTES, *tracks))
+        for seq, held in found:
+            above = None if held.parent is None else self._epochs.sign(held.parent)
             key, live = self._epochs.sign(seq), ledger.is_live(seq)
-            entries.append(Entry(key, above, record_tag, lease_s, live, meta))
-            collected.add([(meta, payload)])
-        return Page(entries, more), collected.answer()
+            entries.append(
+                Entry(key, above, held.tag, held.lease_s, live, held.meta, held.parent_rows)
+            )
+            collected.add([Link(held.meta, held.payload, held.meta.rows)])
+        return Page(entries, more, tuple(tracks)), collected.answer()
 
     async def adopt(self, secret: bytes, new_keys: Mapping[str, str]) -> None:
         """Let restored records answer to the keys that they had when they were saved."""
@@ -193,9 +199,15 @@ class Shard:
         """Return the epochs that this process took over, and what signed their keys."""
         return self._epochs.adopted
 
-    async def release(self, keys: Sequence[str], tag: str | None) -> int:
-        """End keys, or all under a tag; idempotent."""
-        ended = sum(self._holdings.ledger.release(seq) for seq in self._chosen(keys, tag))
+    async def release(self, keys: Sequence[str], tag: str | None, below: int | None = None) -> int:
+        """End keys, all under a tag, or all of weights before version ``below``; idempotent."""
+        ledger = self._holdings.ledger
+        ended = sum(ledger.release(seq) for seq in self._chosen(keys, tag))
+        first: int | None = None if below is None else 0
+        while first is not None and below is not None:
+            older, first = ledger.older(below, first)
+            ended += sum(ledger.release(seq) for seq in older)
+            await asyncio.sleep(0)
         self._holdings.collect()
         return ended
 
@@ -225,7 +237,12 @@ class Shard:
             log_event("store_full", app=self._epochs.app, shard=self._epochs.shard, why=str(why))
             raise
 
-    def _keep(self, offer: Offer, payload: Payload) -> str | StoreError:
+    def _keep(self, offer: Offer, pieces: Mapping[str, Piece]) -> str | StoreError:
+        names = (ROUTES, *(track.name for track in offer.meta.tracks))
+        payload = tuple(
+            pieces[name] if data is None else data
+            for name, data in zip(names, offer.data, strict=True)
+        )
         try:
             parent = None if offer.parent is None else self._find(offer.parent)
         except KeyUnreadable as why:
@@ -281,11 +298,3 @@ class Shard:
             await asyncio.sleep(0)
         for grant in [grant for grant, (_, end) in self._grants.items() if end < now]:
             self._holdings.budget.give(self._grants.pop(grant)[0])
-
-
-def default_budget(shard: str) -> int:
-    """Return half of the object store of the node whose id starts with ``shard``, in bytes."""
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["NodeID"].startswith(shard):
-            return int(node["Resources"]["object_store_memory"]) // 2
-    raise StoreUnavailable(f"no live node's id starts with {shard}")

@@ -2,7 +2,8 @@
 
 Source: answers of LMDeploy 0.18.0 (``routed_experts`` of ``meta_info`` and of choices): uint16 as
 a list, all hidden layers, 65535 (GLM) or 0 (Kimi-K2) in dense ones. SkyRL's
-``/skyrl/v1/generate`` before its PR 1909 and NeMo-RL before its PR 3292 send the same.
+``/skyrl/v1/generate`` before its PR 1909 and NeMo-RL before its PR 3292 send the same, the latter
+with its dummy in the last row, which nothing tells here: ``extra_rows=1`` cuts it.
 """
 
 from itertools import chain

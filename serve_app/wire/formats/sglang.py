@@ -16,21 +16,21 @@ from serve_app.errors import RecordError
 from serve_app.records import Record
 from serve_app.wire.payloads.base64_ids import read_ids, write_ids
 from serve_app.wire.payloads.expected import Expected
-from serve_app.wire.payloads.refusal import refusal
+from serve_app.wire.payloads.refusal import no_rows, refusal
 from serve_app.wire.payloads.whole_rows import whole_rows
 
 _INT32 = np.dtype("<i4")
 
 
 def matches(payload: object) -> bool:
-    """Tell base64 whose first four bytes are an expert id: no magic number of others is one."""
+    """Tell base64 whose first four bytes are an expert id or -1: others' magic numbers are none."""
     if not isinstance(payload, str) or len(payload) < 8:
         return False
     try:
         first = base64.b64decode(payload[:8], validate=True)
     except (binascii.Error, ValueError):
         return False
-    return first[2:4] == b"\0\0"
+    return first[2:4] == b"\0\0" or first[:4] == b"\xff\xff\xff\xff"
 
 
 def decode(payload: object, expected: Expected) -> Record:
@@ -50,6 +50,8 @@ def flat_ids(text: object, dtype: np.dtype[Any], expected: Expected) -> Any:
     """
     if not isinstance(text, str):
         raise refusal("base64 text", text)
+    if not text:
+        raise no_rows(text)
     padding = len(text[-2:]) - len(text[-2:].rstrip("="))
     count, odd = divmod(len(text) // 4 * 3 - padding, dtype.itemsize * expected.top_k)
     rows = count // expected.layers if expected.sent_rows is None else expected.sent_rows

@@ -2,12 +2,14 @@
 
 Source: SGLang PR 31219 (``SGLANG_ROUTED_EXPERTS_DTYPE``; still open when read): base64 of int32,
 uint16 or uint8, the name beside it; without the name int32. ``routed_experts_start_len`` is read
-where an answer repeats it. Other fields of ``meta_info`` are none of our business.
+where an answer repeats it. SGLang's offline engine leaves a tensor there. Other fields of
+``meta_info`` are none of our business.
 """
 
 from collections.abc import Mapping
 
 from serve_app.records import Record
+from serve_app.wire.formats import array
 from serve_app.wire.formats.sglang import flat_ids
 from serve_app.wire.payloads.base64_ids import write_ids
 from serve_app.wire.payloads.expected import Expected
@@ -32,7 +34,9 @@ def decode(payload: object, expected: Expected) -> Record:
     if "routed_experts_start_len" in payload:
         start = read_int(payload["routed_experts_start_len"], "routed_experts_start_len", 0)
         expected.check_start(start)
-    return expected.to_record(flat_ids(payload["routed_experts"], dtype, expected), start=start)
+    routes = payload["routed_experts"]
+    ids = array.ids_of(routes) if array.matches(routes) else flat_ids(routes, dtype, expected)
+    return expected.to_record(ids, start=start)
 
 
 def encode(record: Record) -> dict[str, str | int]:

@@ -8,8 +8,6 @@ only. A reference cannot be resolved here: that needs Ray, and the cluster it ca
 import base64
 import pickle
 
-import numpy as np
-
 from serve_app.errors import RecordError
 from serve_app.records import Record
 from serve_app.wire.formats import array, lmdeploy
@@ -44,7 +42,7 @@ def decode(payload: object, expected: Expected, *, allow_pickle: bool = False) -
         value = pickle.loads(raw)
     except Exception as error:  # noqa: BLE001 - a pickle raises whatever its sender chose
         raise RecordError(f"expected a pickled array, got {type(error).__name__}") from None
-    if isinstance(value, np.ndarray):
+    if array.matches(value):
         return array.decode(value, expected)
     if isinstance(value, list):
         return lmdeploy.decode(value, expected)

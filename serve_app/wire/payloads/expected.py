@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import RecordError
 from serve_app.records import Record, make_record, narrowest_dtype, part_of
-from serve_app.wire.payloads.refusal import refusal
+from serve_app.wire.payloads.refusal import no_rows, refusal
 
 _NATIVE = -1
 
@@ -22,7 +22,10 @@ class Expected:
     ``weight_version`` are those of payloads that do not say them; where a payload does, one
     that is not 0 here must be the same. ``extra_rows`` are at the payload's end, beyond ``rows``,
     and are cut: 1 for LMDeploy's key of an answer that ended with a stop token which it does not
-    return (P+G rows; its lists have P+G-1). Raises `RecordError` if no model is like this.
+    return (P+G rows; its lists have P+G-1). A row that repeats an expert in a MoE layer was
+    never routed, and peers fill rows that they lack so: it is invalid and counted, or, with
+    ``repeats="refuse"`` where the payload's owner promises all rows, refused. Raises `RecordError`
+    if no model is like this.
     """
 
     layers: int
@@ -33,6 +36,7 @@ class Expected:
     start: int = 0
     weight_version: int = 0
     extra_rows: int = 0
+    repeats: Literal["mask", "refuse"] = "mask"
 
     def __post_init__(self) -> None:
         narrowest_dtype(self.num_experts)
@@ -43,6 +47,8 @@ class Expected:
             )
         if self.extra_rows < 0:
             raise RecordError(f"expected extra_rows >= 0, got {self.extra_rows}")
+        if self.repeats not in ("mask", "refuse"):
+            raise refusal("repeats as 'mask' or 'refuse'", self.repeats)
         moe = self.moe
         if not moe or list(moe) != sorted(set(moe)) or moe[0] < 0 or moe[-1] >= self.layers:
             raise refusal(f"moe_layers as ascending indices below {self.layers}", moe)
@@ -57,13 +63,22 @@ class Expected:
         """Rows that a payload has, those that are cut included; None for any number."""
         return None if self.rows is None else self.rows + self.extra_rows
 
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Raise `RecordError` unless ``shape`` is this model's, with all layers or the MoE ones."""
+    def check_shape(self, shape: Sequence[int], spare: int = 0) -> None:
+        """Raise `RecordError` unless ``shape`` is this model's, with all layers or the MoE ones.
+
+        ``spare`` rows more than those that are sent are no error yet: the format's reader knows.
+        """
+        if shape and not shape[0]:
+            raise no_rows(list(shape))
         moe = len(self.moe)
-        fits = len(shape) == 3 and shape[0] > self.extra_rows
-        fits = fits and shape[1] in (self.layers, moe) and shape[2] == self.top_k
-        if not fits or self.sent_rows not in (None, shape[0]):
-            rows = "rows" if self.sent_rows is None else self.sent_rows
+        fits = len(shape) == 3 and shape[1] in (self.layers, moe) and shape[2] == self.top_k
+        if fits and shape[0] <= self.extra_rows:
+            raise RecordError(
+                f"expected more rows than the {self.extra_rows} that are cut, got {shape[0]}"
+            )
+        sent = self.sent_rows
+        if not fits or (sent is not None and shape[0] - sent not in (0, spare)):
+            rows = "rows" if sent is None else sent
             only = "" if moe == self.layers else f" or [{rows}, {moe}, {self.top_k}]"
             raise refusal(f"ids [{rows}, {self.layers}, {self.top_k}]{only}", list(shape))
 
@@ -94,19 +109,25 @@ class Expected:
             raise RecordError(
                 f"expected weight version {self.weight_version}, got {meta.weight_version}"
             )
-        if not self.extra_rows:
-            return record
-        return part_of(record, meta.start, meta.stop - self.extra_rows)
+        if self.extra_rows:
+            record = part_of(record, meta.start, meta.stop - self.extra_rows)
+        if self.repeats == "refuse" and record.meta.unrouted:
+            raise RecordError(
+                f"expected {self.top_k} different experts in each MoE layer of every row, got"
+                f" {record.meta.unrouted} rows that repeat one"
+            )
+        return record
 
-    def to_record(
-        self, ids: npt.NDArray[Any], *, start: int | None = None, native_rows: bool = False
-    ) -> Record:
+    def to_record(self, ids: npt.NDArray[Any], *, start: int | None = None) -> Record:
         """Return the record of integer ids ``[rows, layers or MoE layers, top_k]``.
 
         Columns of dense layers may hold what engines leave there, zeros or all bits set
-        (LMDeploy: 65535), and nothing else: real ids in them mean another model. With
-        ``native_rows`` a row of -1 routes natively; a row that is -1 in part is damaged.
+        (LMDeploy: 65535), and nothing else: real ids in them mean another model. A row of -1
+        routes natively; a row that is -1 in part is damaged. So is a payload without one row that
+        was routed, whatever fills it.
         """
+        if ids.ndim and not len(ids):
+            raise no_rows(ids)
         if ids.dtype.kind not in "iu":
             raise refusal("integer ids", ids)
         self.check_shape(ids.shape)
@@ -115,9 +136,7 @@ class Expected:
         if ids.shape[1] != len(moe):
             self._check_dense(ids)
             ids = ids[:, moe]
-        valid = None
-        if native_rows:
-            ids, valid = _without_native(ids)
+        ids, valid = _without_native(ids)
         if len(moe) < self.layers:
             wide = np.zeros((ids.shape[0], self.layers, self.top_k), ids.dtype)
             wide[:, moe] = ids
@@ -129,6 +148,7 @@ class Expected:
             moe_layers=moe,
             weight_version=self.weight_version,
             valid=valid,
+            repeats=self.repeats,
         )
 
     def _check_dense(self, ids: npt.NDArray[Any]) -> None:
@@ -150,10 +170,12 @@ class Expected:
 def _without_native(
     ids: npt.NDArray[Any],
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+    if ids.dtype.kind == "u" or (ids != _NATIVE).all():
+        return ids, None
     blank = ids == _NATIVE
     whole = blank.all(axis=(1, 2))
     if damaged := np.flatnonzero(blank.any(axis=(1, 2)) & ~whole).tolist():
         raise RecordError(f"expected a row of ids or a row of -1, got row {damaged[0]} with both")
-    if not whole.any():
-        return ids, None
+    if whole.all():
+        raise RecordError(f"expected routes, got all -1: none of {len(ids)} rows was routed")
     return np.where(whole[:, None, None], ids.dtype.type(0), ids), ~whole

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from serve_app.errors import RecordError
-from serve_app.wire.payloads.refusal import refusal, shown
+from serve_app.wire.payloads.refusal import no_rows, refusal, shown
 
 Shape = tuple[int, int, int]
 
@@ -22,6 +22,8 @@ def read_shape(value: object) -> Shape:
     """Return a shape ``[rows, layers, top_k]``, none of them 0."""
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         raise refusal("shape as [rows, layers, top_k]", value)
+    if type(value[0]) is int and not value[0]:
+        raise no_rows(value)
     rows, layers, top_k = (read_int(size, "each size of shape", 1) for size in value)
     return rows, layers, top_k
 

@@ -10,6 +10,11 @@ def refusal(expected: str, found: object) -> RecordError:
     return RecordError(f"expected {expected}, got {shown(found)}")
 
 
+def no_rows(found: object) -> RecordError:
+    """Return the error of a payload that is whole, and has not one row."""
+    return RecordError(f"expected routes, got no rows: nothing was recorded in {shown(found)}")
+
+
 def shown(value: object) -> str:
     """Return a value in few words, however big, deep or hostile it is."""
     if isinstance(value, np.ndarray):

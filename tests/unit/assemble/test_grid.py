@@ -19,6 +19,7 @@ from serve_app.records import make_record
 from serve_app.store.keys import Key
 from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import BatchSpec, PackedExperts, RankSlice, RoutedSequence
+from tests.distinct_ids import distinct_ids
 
 LAYERS, TOP_K = 5, 2
 EXPERTS = (16, 255, 256, 257, 65_535)
@@ -36,13 +37,15 @@ class World:
     moe: tuple[int, ...]
 
 
+def routes(rows: int, layers: int, experts: int = 16, seed: int = 0) -> Ids:
+    return distinct_ids((rows, layers, TOP_K), experts, seed)
+
+
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
     """Draw sequences in parts: parents, turns and resumes that overlap or leave a gap."""
-    store, experts = (
-        MemoryStore("grid", StoreArgs(backend="memory")),
-        draw(st.sampled_from(EXPERTS)),
-    )
+    store = MemoryStore("grid", StoreArgs(backend="memory"))
+    experts = draw(st.sampled_from(EXPERTS))
     moe = draw(st.sampled_from([(0, 1, 2, 3, 4), (1, 2, 4), (3,)]))
     world = World(store, [], [], experts, moe)
     for number in range(draw(st.integers(1, 4))):
@@ -50,8 +53,7 @@ def worlds(draw: st.DrawFn) -> World:
         key, stop = None, 0
         for part in range(draw(st.integers(1, 3))):
             start, count = max(0, stop + draw(st.integers(-3, 1))), draw(st.integers(1, 6))
-            shape = (count, LAYERS, TOP_K)
-            ids = np.random.default_rng(10 * number + part).integers(0, experts, shape)
+            ids = routes(count, LAYERS, experts, seed=10 * number + part)
             ids[:, [layer for layer in range(LAYERS) if layer not in moe]] = 0
             record = make_record(ids, num_experts=experts, start=start, moe_layers=moe)
             key = store.put(record, parent=key)
@@ -99,17 +101,17 @@ def grids(draw: st.DrawFn) -> Grid:
         draw(st.sampled_from([1, 2])),
     )
     each = 2 * cp * sp
-    stages = (((0, 1, 2, 3, 4),), ((0, 1), (2, 3, 4)), ((0, 3), (1, 4), (2,)))
+    stages = (((0, 1, 2, 3, 4),), ((0, 1), (2, 3, 4)), ((0, 3), (), (1, 4), (2,)))
     return Grid(
         layout,
         cp,
         sp,
-        draw(st.sampled_from(["zigzag", "contiguous"])),
+        draw(st.sampled_from(["zigzag", "contiguous", "zigzag_buffer"])),
         draw(st.sampled_from(["last_sequence", "own_sequence", "rank"])),
         1 if layout == "padded" else draw(st.sampled_from([1, each, 5 * each])),
         draw(st.sampled_from(stages)),
         draw(st.sampled_from(["keep", "drop"])),
-        draw(st.sampled_from(["mask", "spread", "random"])),
+        draw(st.sampled_from(["mask", "spread", "random", "random_with_repetition"])),
         draw(st.sampled_from([None, "int64"])),
     )
 
@@ -125,9 +127,12 @@ def order_of(grid: Grid, boundaries: list[int], tail_rows: int) -> list[Ids]:
             for one in sequences:
                 chunks = np.split(one, 2 * grid.cp)
                 zigzag = np.r_[chunks[c], chunks[-1 - c]] if grid.cp > 1 else one
-                cut = zigzag if grid.style == "zigzag" else np.split(one, grid.cp)[c]
+                cut = np.split(one, grid.cp)[c] if grid.style == "contiguous" else zigzag
                 parts.append(np.split(cut, grid.sp) if grid.layout == "padded" else [cut])
             shares = [np.concatenate(share) for share in zip(*parts, strict=True)]
+        elif grid.style == "zigzag_buffer":
+            chunks = np.split(rows, 2 * grid.cp)
+            shares = [np.r_[chunks[c], chunks[-1 - c]]]
         else:
             shares = [np.split(rows, grid.cp)[c]]
         if grid.layout == "packed":
@@ -200,7 +205,7 @@ def check_padding(padding: Ids, grid: Grid, experts: int) -> None:
     assert padding.size == 0 or 0 <= padding.min() <= padding.max() < experts
     if grid.pad == "mask":
         assert not padding.any()
-    if grid.pad == "spread":
+    if grid.pad in ("spread", "random"):
         assert (padding[..., 0] != padding[..., 1]).all()
 
 
@@ -240,9 +245,7 @@ def answer_of(world: World, share: Share, spec: BatchSpec) -> PackedExperts:
 
 def two_models() -> tuple[MemoryStore, list[RoutedSequence]]:
     store = MemoryStore("grid", StoreArgs(backend="memory"))
-    keys = [
-        store.put(make_record(np.zeros((4, layers, 2), int), num_experts=16)) for layers in (3, 4)
-    ]
+    keys = [store.put(make_record(routes(4, layers), num_experts=16)) for layers in (3, 4)]
     return store, [RoutedSequence(key, 4) for key in keys]
 
 
@@ -259,24 +262,35 @@ def test_nodes_with_records_of_two_models_do_not_mix() -> None:
 def test_a_rank_without_rows_of_a_node_still_meets_its_gaps() -> None:
     """All ranks must fail alike, or those that go on wait for the others for ever."""
     store = MemoryStore("grid", StoreArgs(backend="memory"))
-    key = store.put(make_record(np.zeros((4, 3, 2), int), num_experts=16))
+    key = store.put(make_record(routes(4, 3), num_experts=16))
     with pytest.raises(RoutesGap, match="rows 4 to 5 were never captured"):
         materialize(store, [RoutedSequence(key, 6)], pieces=[])
 
 
-def test_a_stage_of_dense_layers_alone_has_no_columns() -> None:
+@pytest.mark.parametrize("pad", ["mask", "spread", "random", "random_with_repetition"])
+@pytest.mark.parametrize("layers", [(0, 1), ()])
+def test_a_stage_without_moe_layers_has_no_columns(layers: tuple[int, ...], pad: Any) -> None:
     store = MemoryStore("grid", StoreArgs(backend="memory"))
-    record = make_record(np.ones((4, 3, 2), int), num_experts=16, moe_layers=(2,))
+    record = make_record(routes(4, 3), num_experts=16, moe_layers=(2,))
     sequence = RoutedSequence(store.put(record), 4)
-    rank = RankSlice(layers=(0, 1), dense_layers="drop", total_multiple=8)
-    batch = materialize(store, [sequence], BatchSpec(rank=rank, pad="random"))
+    rank = RankSlice(total_multiple=8, layers=layers, dense_layers="drop")
+    spec = BatchSpec("int64", rank=rank, pad=pad)
+    batch = materialize(store, [sequence], spec)
     assert batch.ids.shape == (8, 0, 2)
+    assert batch.ids.dtype == np.int64
+    assert batch.columns == batch.layers == ()
     assert batch.valid.tolist() == [True] * 4 + [False] * 4
+    rows = rank_rows([4], spec)
+    share = share_out([sequence], {"node": [0]}, rows)[0]
+    answer = materialize(store, share.sequences, replace(spec, dtype=None), pieces=share.pieces)
+    joined = join([share], [answer], rows, spec, None, np.empty)
+    assert joined.ids.shape == (8, 0, 2)
+    assert joined.valid.tolist() == batch.valid.tolist()
 
 
 def test_a_key_that_is_lost_is_masked_in_every_rank() -> None:
     store = MemoryStore("grid", StoreArgs(backend="memory"))
-    good = store.put(make_record(np.ones((4, 3, 2), int), num_experts=16))
+    good = store.put(make_record(routes(4, 3), num_experts=16))
     lost = Key("grid", "0000000000", 7, 0).sign(b"memory")
     both = [RoutedSequence(lost, 4), RoutedSequence(good, 4)]
     for rank in range(2):

@@ -11,6 +11,7 @@ from serve_app.errors import RecordError
 from serve_app.observe.loads import ExpertLoads
 from serve_app.records import Record, make_record
 from serve_app.store.snapshot import Entry, SnapshotWriter
+from tests.distinct_ids import distinct_ids
 
 EXPERTS = 8
 
@@ -54,14 +55,14 @@ def test_records_of_two_models_are_not_mixed() -> None:
     loads = ExpertLoads()
     loads.add(of_version(0))
     with pytest.raises(RecordError, match="2 MoE layers and 8 experts, got 4 and 16"):
-        loads.add(make_record(np.zeros((3, 4, 2), int), num_experts=16))
+        loads.add(make_record(distinct_ids((3, 4, 2), 16), num_experts=16))
 
 
 def snapshot(path: Path, versions: list[int]) -> Path:
     writer = SnapshotWriter(path, "rollout", b"secret")
     for version in versions:
         record = of_version(version, shift=version)
-        writer.write([Entry(f"key-{version}", None, None, 60, True, record.meta)], [record.ids])
+        writer.write([Entry(f"key-{version}", None, None, 60, True, record.meta)], [record])
     writer.commit()
     return path
 

@@ -6,8 +6,10 @@ import logging
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+from serve_app.client.metrics import LABELS, MASKED
 from serve_app.deployments.metrics import (
     DECODER,
     ENGINE,
@@ -20,7 +22,7 @@ from serve_app.errors import RoutesLost
 from serve_app.ingress.guard.metrics import INGRESS
 from serve_app.observe.instruments import Declared, after_answering
 from serve_app.store.owner.metrics import COUNTERS, GAUGES, LATENCY, metric_name
-from serve_app.types import GenerateResult, MissingRows
+from serve_app.types import GenerateResult
 from tests.k8s.dashboard import dashboard_names, queries
 
 DOCS = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
@@ -36,14 +38,15 @@ def documented() -> dict[str, tuple[str, set[str]]]:
 
 def test_the_documentation_names_every_metric_with_its_labels_and_no_other() -> None:
     found = documented()
-    assert set(found) == set(OURS) | SHARDS
+    assert set(found) == set(OURS) | SHARDS | {MASKED}
+    assert found[MASKED] == ("counter", set(LABELS))
     for name, instrument in OURS.items():
         kind = "histogram" if instrument.kind == "seconds" else instrument.kind
         assert found[name] == (kind, set(instrument.labels)), name
 
 
 def test_the_dashboard_shows_our_metrics_and_names_none_that_is_not_there() -> None:
-    exported = {f"ray_{name}" for name in (*OURS, *SHARDS)}
+    exported = {f"ray_{name}" for name in (*OURS, *SHARDS, MASKED)}
     shown = dashboard_names(of_ray=False)
     assert shown - exported == set()
     assert exported - shown == {"ray_r3serve_http_bytes_in_total"}
@@ -54,7 +57,10 @@ def test_queries_group_by_labels_that_the_metric_has() -> None:
     of_shards = {"app", "shard", "call", "le"}
     for query in queries():
         for name in re.findall(r"ray_(r3serve_\w+?)(?:_bucket)?[{\[ ]", query):
-            labels = of_shards if name in SHARDS else of_serve | set(OURS[name].labels)
+            if name == MASKED:
+                labels = set(LABELS)
+            else:
+                labels = of_shards if name in SHARDS else of_serve | set(OURS[name].labels)
             used = set(re.findall(r"(\w+)=~", query))
             for group in re.findall(r"by \(([^)]*)\)", query):
                 used |= set(re.findall(r"\w+", group))
@@ -79,11 +85,11 @@ def test_events_carry_short_keys_and_errors_become_labels() -> None:
     key = "AQdyb2xsb3V0" * 6
     try:
         result = GenerateResult("request-1", [1, 2], [0.0, 0.0], "", "stop", 3, 7, key, 4)
-        missing = MissingRows(0, 0, 3, "RoutesLost"), MissingRows(0, 3, 1, "RoutesLost")
+        masked = Counter({"RoutesLost": 4})
 
         async def answer() -> None:
             EngineMetrics().finished(result, 0.5)
-            DecoderMetrics().answered(DecoderAnswer(8, 1, missing, 0.1))
+            DecoderMetrics().answered(DecoderAnswer(8, 1, masked, 0.1))
             assert not records  # whoever asked has the answer first
             reported = asyncio.Event()
             after_answering(reported.set)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serve_app.config import StoreArgs
-from serve_app.records import RecordMeta
+from serve_app.records import RecordMeta, TrackMeta
 from serve_app.store.access.compat import CompatStore
 from serve_app.store.offers import Offer
 from serve_app.store.owner.answers import ReadAnswer
@@ -22,6 +22,7 @@ MESSAGES = (
     ShardIdentity,
     StoreArgs,
     RecordMeta,
+    TrackMeta,
     ReadAnswer,
     Offer,
     Entry,
@@ -36,13 +37,14 @@ SAID = {
     "StoreArgs": "backend byte_budget lease_s put_timeout_s call_timeout_s"
     " leave_after_s compat_actors compat_grace_s serve",
     "RecordMeta": "rows layers top_k num_experts start moe_layers weight_version"
-    " checksum token_hash invalid format_version raw",
+    " checksum invalid unrouted format_version raw tracks",
+    "TrackMeta": "name dtype shape values checksum",
     "ReadAnswer": "packed small refs",
-    "Offer": "meta tag lease_s parent data",
-    "Entry": "key parent tag lease_s live meta",
-    "Page": "entries next",
+    "Offer": "meta tag lease_s parent data parent_rows",
+    "Entry": "key parent tag lease_s live meta parent_rows",
+    "Page": "entries next tracks",
     "ShardStats": "shard live_keys live_bytes byte_budget waiting_puts puts gets"
-    " released expired full lost shared_rows oldest_s",
+    " released expired full lost shared_rows oldest_s unrouted_rows",
     "Directory.adopt": "self secret epochs shard",
     "Directory.configure": "self args",
     "Directory.explain": "self keys",
@@ -56,13 +58,13 @@ SAID = {
     "Shard.identity": "self",
     "Shard.page": "self tag first",
     "Shard.pull": "self producer number packed",
-    "Shard.read": "self keys",
-    "Shard.release": "self keys tag",
+    "Shard.read": "self keys columns",
+    "Shard.release": "self keys tag below",
     "Shard.renew": "self keys tag lease_s",
     "Shard.reserve": "self nbytes",
     "Shard.retag": "self keys tag",
     "Shard.stats": "self",
-    "Shard.take": "self grant offer ids",
+    "Shard.take": "self grant offer columns",
     "Shard.take_small": "self packed",
     "Newest": "weights version",
     "PackedTensor": "bits dtype",
@@ -84,4 +86,4 @@ def test_what_is_said_has_not_changed_under_the_same_number() -> None:
         methods = inspect.getmembers(actor, inspect.isfunction)
         said |= {f"{actor.__name__}.{name}": call for name, call in methods if name[0] != "_"}
     now = {name: " ".join(inspect.signature(call).parameters) for name, call in said.items()}
-    assert (PROTOCOL, now) == (2, SAID)
+    assert (PROTOCOL, now) == (3, SAID)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -13,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 from serve_app.errors import SnapshotError
 from serve_app.records import Record, make_record
 from serve_app.store.snapshot import Entry, SnapshotWriter, read_page, snapshot_files
+from tests.distinct_ids import distinct_ids
 
 
 def part(seed: int, experts: int = 300) -> Record:
-    ids = np.random.default_rng(seed).integers(0, experts, (4, 3, 2))
+    ids = distinct_ids((4, 3, 2), experts, seed)
     valid = np.array([True, False, True, True])
     return make_record(
         ids, num_experts=experts, valid=valid, moe_layers=(0, 2), tokens=[1, 2, 3, 4]
@@ -30,7 +32,7 @@ def write(path: Path, count: int = 3) -> list[Record]:
         for i, record in enumerate(records)
     ]
     writer = SnapshotWriter(path, "unit", b"secret")
-    writer.write(entries, [record.ids for record in records])
+    writer.write(entries, records)
     assert not path.exists()
     assert writer.commit().records == count
     return records
@@ -46,6 +48,8 @@ def test_what_was_written_reads_back_and_only_its_owner_may(tmp_path: Path) -> N
     for got, put in zip(page.records, records, strict=True):
         assert got.meta == put.meta
         np.testing.assert_array_equal(got.ids, put.ids)
+        assert got.tokens is not None
+        assert got.tokens.tolist() == [1, 2, 3, 4]
 
 
 def test_nothing_is_overwritten_or_left_behind(tmp_path: Path) -> None:
@@ -85,3 +89,37 @@ def test_altered_bytes_headers_and_applications_are_refused(tmp_path: Path) -> N
         read_page(file, "unit")
     with pytest.raises(SnapshotError, match="no snapshot"):
         snapshot_files(tmp_path)
+
+
+def test_a_snapshot_of_the_format_before_reads_without_its_token_hashes(tmp_path: Path) -> None:
+    """As it was written before records had tracks."""
+    record = part(3)
+    header = {
+        "rows": 4,
+        "layers": 3,
+        "top_k": 2,
+        "num_experts": 300,
+        "start": 0,
+        "moe_layers": [0, 2],
+        "weight_version": 0,
+        "checksum": record.meta.checksum,
+        "token_hash": 12345,
+        "invalid": [1],
+        "format_version": 1,
+        "raw": None,
+    }
+    entry = {"key": "k", "parent": None, "tag": "t", "lease_s": 60.0, "live": True, "meta": header}
+    listed = json.dumps([entry])
+    metadata = {
+        "format": "r3serve-snapshot-1",
+        "app": "unit",
+        "secret": b"secret".hex(),
+        "records": listed,
+        "hash": xxhash.xxh3_64_hexdigest(listed.encode()),
+    }
+    file = tmp_path / "part-00000.safetensors"
+    save_file({"0": record.ids}, file, metadata)
+    page = read_page(file, "unit")
+    assert page.entries == [Entry("k", None, "t", 60.0, True, record.meta._replace(tracks=()))]
+    np.testing.assert_array_equal(page.records[0].ids, record.ids)
+    assert page.records[0].tokens is None

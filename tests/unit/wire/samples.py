@@ -9,6 +9,7 @@ import numpy as np
 from serve_app.records import Record, make_record
 from serve_app.wire.expected import Expected
 from serve_app.wire.registry import FORMATS, FormatName
+from tests.distinct_ids import distinct_ids
 
 NAMES: list[FormatName] = list(FORMATS)
 SAY_START: tuple[FormatName, ...] = ("r3serve", "prime_rl", "sglang_tagged")
@@ -18,7 +19,7 @@ IDS = np.arange(24, dtype=np.uint8).reshape(4, 3, 2) % 16
 
 
 def routes(rows: int = 4, **how: Any) -> Record:
-    ids = np.random.default_rng(rows).integers(0, 16, (rows, 3, 2))
+    ids = distinct_ids((rows, 3, 2), 16, seed=rows)
     return make_record(ids, num_experts=16, moe_layers=(1, 2), **how)
 
 

@@ -9,13 +9,16 @@ from serve_app.errors import RecordError
 from serve_app.records import make_record
 from serve_app.wire.expected import Expected
 from serve_app.wire.registry import decode, encode
+from tests.distinct_ids import distinct_ids
 from tests.unit.wire.samples import FULL, IDS, MODEL, npy, routes
 
 
 def test_a_text_without_shape_is_all_layers_unless_the_rows_are_known() -> None:
-    six_by_two = make_record(np.zeros((6, 2, 2), int), num_experts=16)
+    six_by_two = make_record(distinct_ids((6, 2, 2), 16), num_experts=16)
     payload = encode(six_by_two, "sglang")
-    assert decode(payload, MODEL).meta.rows == 4
+    assert decode(payload, FULL).meta.rows == 4
+    with pytest.raises(RecordError, match="in dense layer 0"):
+        decode(payload, MODEL)
     assert decode(payload, Expected(3, 2, 16, (1, 2), rows=6)).meta.rows == 6
     with pytest.raises(RecordError, match=r"int32\[5, 3, 2\]"):
         decode(payload, Expected(3, 2, 16, (1, 2), rows=5))

@@ -49,7 +49,7 @@ def test_sentinels_are_accepted_in_dense_layers_only(sentinel: int, dtype: str) 
         decode(ids, MODEL)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "nemo_rl"])
 @pytest.mark.parametrize("rows", [None, 3])
 def test_rows_beyond_the_returned_tokens_are_cut_when_told(
     name: FormatName, rows: int | None

@@ -36,7 +36,8 @@ class Graph:
     """The one thing of a served graph that decoding needs: its store."""
 
     def __init__(self) -> None:
-        self.store = MemoryStore("unit", StoreArgs(backend="memory"))
+        self.app = "unit"
+        self.store = MemoryStore(self.app, StoreArgs(backend="memory"))
 
 
 def test_a_key_goes_through_the_store_and_anything_else_does_not() -> None:

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import RecordError
-from serve_app.records import checksum, make_record
+from serve_app.records import Record, Track, checksum, make_record
 from serve_app.wire.expected import Expected
 from serve_app.wire.formats.ours import from_bytes, to_bytes
 from serve_app.wire.registry import decode
+from tests.distinct_ids import distinct_ids
 from tests.unit.wire.samples import MODEL, routes, same
 
 
@@ -39,7 +40,7 @@ def test_ours_keeps_everything(rows: int, bits: int, tokens: bool, version: int)
 
 
 def test_ours_copies_nothing_where_every_layer_is_moe() -> None:
-    raw = to_bytes(make_record(np.ones((9, 3, 2), int), num_experts=300))
+    raw = to_bytes(make_record(distinct_ids((9, 3, 2), 300), num_experts=300))
     found = from_bytes(raw)
     assert np.shares_memory(found.ids, np.frombuffer(raw, np.uint8))
     assert found.ids.flags.aligned
@@ -61,16 +62,67 @@ def test_an_unknown_version_of_ours_is_refused_by_its_number() -> None:
         decode(raw, MODEL)
 
 
-def crafted(header: bytes, body: bytes = b"") -> bytes:
+def crafted(header: bytes, body: bytes = b"", version: int = 2) -> bytes:
     seal = checksum(np.frombuffer(header, np.uint8))
-    return struct.pack("<8sHHIQ", b"r3serve\0", 1, 0, len(header), seal) + header + body
+    return struct.pack("<8sHHIQ", b"r3serve\0", version, 0, len(header), seal) + header + body
+
+
+def taken_apart(raw: bytes) -> tuple[dict[str, Any], bytes]:
+    size = struct.unpack_from("<I", raw, 12)[0]
+    return json.loads(raw[24 : 24 + size]), raw[24 + size :]
 
 
 def header_with(**changes: Any) -> bytes:
-    raw = to_bytes(routes())
-    size = struct.unpack_from("<I", raw, 12)[0]
-    fields = {**json.loads(raw[24 : 24 + size]), **changes}
-    return crafted(json.dumps(fields).encode(), raw[24 + size :])
+    fields, body = taken_apart(to_bytes(routes()))
+    return crafted(json.dumps({**fields, **changes}).encode(), body)
+
+
+def track_with(**changes: Any) -> bytes:
+    """A record with a track whose header says something else."""
+    fields, body = taken_apart(to_bytes(routes(tracks={"score": np.zeros(4, np.float32)})))
+    fields["tracks"][0] |= changes
+    text = json.dumps(fields).encode()
+    return crafted(text + b" " * (-(len(text) + 24) % 16), body)
+
+
+def test_ours_keeps_every_kind_of_track() -> None:
+    ragged = Track(np.arange(5, dtype=np.int32), np.array([0, 0, 2, 2, 5]))
+    record = routes(
+        valid=np.array([True, False, True, True]),
+        tokens=[7, 8, 9, 10],
+        tracks={
+            "support": ragged,
+            "indexer": np.arange(24, dtype=np.uint16).reshape(4, 3, 2),
+            "score": np.linspace(0, 1, 4),
+        },
+    )
+    raw = to_bytes(record)
+    found = from_bytes(raw)
+    assert found.meta == record.meta
+    assert found.tracks.keys() == record.tracks.keys()
+    for name, track in record.tracks.items():
+        np.testing.assert_array_equal(found.tracks[name].values, track.values)
+    assert found.tracks["support"].offsets is not None
+    assert found.tracks["support"].offsets.tolist() == [0, 0, 2, 2, 5]
+    assert np.shares_memory(found.tracks["indexer"].values, np.frombuffer(raw, np.uint8))
+    alone = from_bytes(to_bytes(Record(record.meta, record.ids)))
+    assert alone.meta == record.meta._replace(tracks=())
+    for bit in range(8 * len(raw)):
+        bent = bytearray(raw)
+        bent[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(RecordError):
+            from_bytes(bent)
+
+
+def test_the_version_before_is_read_without_its_hash() -> None:
+    record = routes(start=3, weight_version=5)
+    fields, body = taken_apart(to_bytes(record))
+    before = {name: fields[name] for name in fields if name not in ("tracks", "unrouted")}
+    before["token_hash"] = "0" * 16
+    raw = crafted(json.dumps(before).encode(), body, version=1)
+    assert from_bytes(raw).meta == record.meta
+    with pytest.raises(RecordError, match="'tracks' too"):
+        from_bytes(crafted(json.dumps({**before, "tracks": []}).encode(), body, version=1))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +141,21 @@ def header_with(**changes: Any) -> bytes:
         (header_with(moe_layers=[2]), "zeros in the columns of dense layers"),
         (header_with(checksum="0" * 16), "ids of checksum 0{16}"),
         (header_with(checksum=5), "16 hex digits"),
-        (header_with(token_hash="x"), "16 hex digits"),
+        (header_with(checksum="x"), "16 hex digits"),
+        (header_with(unrouted=1), r"unrouted as an integer in \[0, 0\]"),
+        (header_with(tracks={}), "tracks as a list of up to 16"),
+        (header_with(tracks=[{}] * 17), "tracks as a list of up to 16"),
+        (header_with(tracks=[{}]), "name is missing"),
+        (track_with(name="Score"), "a track's name in lower case"),
+        (track_with(name="x" * 65), "a track's name, got"),
+        (track_with(name=["score"]), "a track's name, got"),
+        (track_with(dtype="|O"), "a track's dtype as one of"),
+        (track_with(shape=[2**41]), "each size of a track's shape"),
+        (track_with(shape=[1, 1, 1, 1]), "a track's shape as a list of fewer than 4"),
+        (track_with(shape=[2]), r"expected \d+ bytes of a record"),
+        (track_with(values=2**40), r"expected \d+ bytes of a record"),
+        (track_with(values=-1), "values as an integer"),
+        (track_with(checksum="0" * 16), "expected a track TrackMeta"),
         (header_with(valid=1), "valid as true or false"),
         (header_with(valid=True), r"expected \d+ bytes of a record"),
         (header_with(start=-1), "start as an integer"),

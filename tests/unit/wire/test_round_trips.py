@@ -11,6 +11,7 @@ from serve_app.errors import RecordError
 from serve_app.records import Record, make_record
 from serve_app.wire.expected import Expected
 from serve_app.wire.registry import FormatName, decode, encode
+from tests.distinct_ids import distinct_ids
 from tests.unit.wire.samples import MODEL, NAMES, SAY_START, routes, same
 
 SAY_VALID = ("r3serve", "nemo_rl")
@@ -22,9 +23,8 @@ def models(draw: st.DrawFn) -> tuple[Record, Expected]:
     experts = draw(st.sampled_from([4, 128, 129, 255, 256, 257, 32_768, 32_769, 65_535]))
     moe = tuple(sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1))))
     rows, start = draw(st.integers(1, 9)), draw(st.integers(0, 2**40))
-    values = np.random.default_rng(draw(st.integers(0, 99)))
-    ids = values.integers(0, experts, (rows, layers, top_k))
-    ids[-1] = experts - 1
+    ids = distinct_ids((rows, layers, top_k), experts, seed=draw(st.integers(0, 99)))
+    ids[-1] = experts - 1 - np.arange(top_k)
     record = make_record(ids, num_experts=experts, start=start, moe_layers=moe)
     return record, Expected(layers, top_k, experts, moe, rows, start)
 

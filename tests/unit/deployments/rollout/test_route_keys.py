@@ -10,6 +10,7 @@ from serve_app.records import Record, hash_tokens, make_record, new_part_of, par
 from serve_app.store.base import RecordStore
 from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import GenerateRequest
+from tests.distinct_ids import distinct_ids
 
 TOKENS = list(range(100, 115))
 
@@ -22,7 +23,7 @@ class FarStore(MemoryStore):
 
 
 def record(rows: int, version: int = 0) -> Record:
-    ids = np.random.default_rng(version).integers(8, size=(rows, 2, 2), dtype=np.uint8)
+    ids = distinct_ids((rows, 2, 2), 8, seed=version)
     return make_record(ids, num_experts=8, tokens=TOKENS[:rows], weight_version=version)
 
 
@@ -41,9 +42,9 @@ def request() -> GenerateRequest:
 async def test_parts_keep_their_versions_near_and_far(kind: type[MemoryStore]) -> None:
     store = kind("app", StoreArgs(backend="memory"))
     keys = keys_of(store)
-    first = await keys.put(request(), record(9), TOKENS, None)
-    second = await keys.put(request(), record(12, version=1), TOKENS, Earlier(first, 9))
-    third = await keys.put(request(), record(15, version=2), TOKENS, Earlier(second, 12))
+    first = await keys.put(request(), record(9), None)
+    second = await keys.put(request(), record(12, version=1), Earlier(first, 9))
+    third = await keys.put(request(), record(15, version=2), Earlier(second, 12))
     assert store.stats().live_keys == 3
     (chain,) = store.describe([third])
     assert isinstance(chain, list)
@@ -69,10 +70,10 @@ async def test_parts_keep_their_versions_near_and_far(kind: type[MemoryStore]) -
 async def test_a_parent_released_meanwhile_is_said() -> None:
     store = MemoryStore("app", StoreArgs(backend="memory"))
     keys = keys_of(store)
-    first = await keys.put(request(), record(9), TOKENS, None)
+    first = await keys.put(request(), record(9), None)
     store.release([first])
     with pytest.raises(KeyReleased):
-        await keys.put(request(), record(12), TOKENS, Earlier(first, 9))
+        await keys.put(request(), record(12), Earlier(first, 9))
     assert store.stats().live_bytes == 0
 
 
@@ -80,20 +81,18 @@ async def test_shared_rows_live_as_long_as_a_member() -> None:
     store = MemoryStore("app", StoreArgs(backend="memory"))
     keys = keys_of(store)
     whole = record(12)
-    async with keys.shared_rows(
-        request(), part_of(whole, 0, 9, TOKENS), TOKENS[:9], None
-    ) as shared:
-        members = [await keys.put(request(), whole, TOKENS, shared) for _ in range(3)]
-    assert (store.stats().live_keys, store.stats().live_bytes) == (3, (9 + 3 * 3) * 4)
+    async with keys.shared_rows(request(), part_of(whole, 0, 9), None) as shared:
+        members = [await keys.put(request(), whole, shared) for _ in range(3)]
+    assert (store.stats().live_keys, store.stats().live_bytes) == (3, (9 + 3 * 3) * 8)
     store.release(members[:2])
-    assert store.stats().live_bytes == (9 + 3) * 4
+    assert store.stats().live_bytes == (9 + 3) * 8
     store.release(members[2:])
     assert store.stats().live_bytes == 0
 
 
 @pytest.mark.parametrize(("first", "start"), [(0, 0), (5, 5), (11, 11), (12, 11), (99, 11)])
 def test_a_cut_record_is_never_empty(first: int, start: int) -> None:
-    part = new_part_of(record(12), first, TOKENS)
+    part = new_part_of(record(12), first)
     assert (part.start, part.meta.stop) == (start, 12)
     assert part.meta.token_hash == hash_tokens(TOKENS[start:12])
     np.testing.assert_array_equal(part.ids, record(12).ids[start:])
@@ -102,5 +101,5 @@ def test_a_cut_record_is_never_empty(first: int, start: int) -> None:
 def test_rows_that_mean_nothing_stay_marked() -> None:
     valid = np.array([True, False, True, False])
     marked = make_record(np.zeros((4, 1, 1), np.uint8), num_experts=2, valid=valid)
-    assert new_part_of(marked, 1, [1, 2, 3, 4]).valid.tolist() == [False, True, False]
-    assert part_of(marked, 0, 3, [1, 2, 3, 4]).valid.tolist() == [True, False, True]
+    assert new_part_of(marked, 1).valid.tolist() == [False, True, False]
+    assert part_of(marked, 0, 3).valid.tolist() == [True, False, True]

@@ -10,13 +10,14 @@ from serve_app.engines.transformers.expert_rows import PENDING, ExpertRows
 from serve_app.engines.transformers.recording import Captured, convert
 from serve_app.errors import EngineError
 from serve_app.records import Ids
+from tests.distinct_ids import distinct_ids
 
 LAYERS = (1, 3)
 
 
 def a_pass(tokens: int, seed: int = 0, experts: int = 8) -> tuple[Captured, Ids]:
     """Return a captured pass and the ids ``[tokens, 2, top_k]`` that went in."""
-    ids = torch.randint(experts, (tokens, 2, 2), generator=torch.Generator().manual_seed(seed))
+    ids = torch.from_numpy(distinct_ids((tokens, 2, 2), experts, seed))
     captured = Captured(LAYERS, experts)
     for position, layer in enumerate(LAYERS):
         captured.add(layer, ids[:, position])

@@ -3,13 +3,17 @@
 import numpy as np
 
 from serve_app.errors import KeyReleased
-from serve_app.records import make_record, raw_record
+from serve_app.records import ROUTES, make_record, raw_record
 from serve_app.store.owner.answers import SMALL, Collected, ids_of
+from serve_app.store.owner.ledger import Link
+from tests.distinct_ids import distinct_ids
+
+TOKENS = b"the tokens of five rows"
 
 
 def test_headers_of_several_models_come_back_unchanged() -> None:
     def ids(layers: int) -> np.ndarray:
-        return np.random.default_rng(layers).integers(0, 60, (5, layers, 2))
+        return distinct_ids((5, layers, 2), 60, seed=layers)
 
     valid = np.array([True, False, True, True, False])
     metas = [
@@ -19,32 +23,51 @@ def test_headers_of_several_models_come_back_unchanged() -> None:
         raw_record(ids(4).astype(np.int32)).meta,
         make_record(ids(3), num_experts=64, weight_version=8).meta,
     ]
-    collected = Collected()
-    collected.add([(metas[0], b"first"), (metas[1], b"second")])
+    collected = Collected((ROUTES, "tokens"))
+    collected.add([Link(metas[0], (b"first", TOKENS), 5), Link(metas[1], (b"second",), 5)])
     collected.miss(KeyReleased("the key was released"))
     for meta in metas[2:]:
-        collected.add([(meta, b"alone")])
+        collected.add([Link(meta, (b"alone",), meta.rows)])
     found = collected.answer().found
-    headers = [[meta for meta, _ in chain] for chain in found if isinstance(chain, list)]
+    headers = [[one.meta for one in chain] for chain in found if isinstance(chain, list)]
     assert headers == [metas[:2], *([meta] for meta in metas[2:])]
     assert isinstance(found[1], KeyReleased)
+    assert isinstance(found[0], list)
+    assert [place is None for place in found[0][0].places] == [False, False]
+    assert [place is None for place in found[0][1].places] == [False, True]
+
+
+def test_a_reader_of_routes_is_spared_the_tracks() -> None:
+    meta = make_record(distinct_ids((5, 3, 2), 60), num_experts=64, tokens=[1, 2, 3, 4, 5]).meta
+    alone, both = Collected(), Collected((ROUTES, "tokens"))
+    for collected in (alone, both):
+        collected.add([Link(meta, (b"routes..", TOKENS), 5)])
+    (chain,) = alone.answer().found
+    assert isinstance(chain, list)
+    assert chain[0].meta == meta._replace(tracks=())
+    assert bytes(alone.answer().small[:8]) == b"routes.."
+    assert TOKENS not in bytes(alone.answer().small)
+    assert TOKENS in bytes(both.answer().small)
+    assert len(alone.answer().packed) < len(both.answer().packed)
 
 
 def test_small_records_of_any_length_come_back_unchanged() -> None:
     """Each begins where its dtype may begin, and the reader copies nothing."""
     experts = (64, 300, 64, 70, 300)
     records = [
-        make_record(np.random.default_rng(rows).integers(0, 60, (rows, 3, 1)), num_experts=count)
+        make_record(distinct_ids((rows, 3, 1), 60, seed=rows), num_experts=count)
         for rows, count in enumerate(experts, 1)
     ]
     collected = Collected()
     for record in records:
-        collected.add([(record.meta, record.ids.tobytes())])
+        collected.add([Link(record.meta, (record.ids.tobytes(),), record.meta.rows)])
     answer = collected.answer()
     for record, found in zip(records, answer.found, strict=True):
         assert isinstance(found, list)
-        ((meta, (number, offset)),) = found
-        assert number == SMALL
+        ((meta, (place,), rows),) = found
+        assert place is not None
+        number, offset = place
+        assert (number, rows) == (SMALL, meta.rows)
         ids = ids_of(meta, answer.small, offset)
         assert np.array_equal(ids, record.ids)
         assert ids.dtype == record.ids.dtype

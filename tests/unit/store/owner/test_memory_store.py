@@ -5,12 +5,20 @@ import pytest
 from serve_app.config import StoreArgs
 from serve_app.store.owner.memory import MemoryStore
 from tests.store_contract import MakeStore, StoreContract
+from tests.track_contract import TrackContract
+
+
+@pytest.fixture
+def make_store() -> MakeStore:
+    def make(app: str = "unit", **args: object) -> MemoryStore:
+        return MemoryStore(app, StoreArgs.model_validate({"backend": "memory", **args}))
+
+    return make
 
 
 class TestMemoryStore(StoreContract):
-    @pytest.fixture
-    def make_store(self) -> MakeStore:
-        def make(app: str = "unit", **args: object) -> MemoryStore:
-            return MemoryStore(app, StoreArgs.model_validate({"backend": "memory", **args}))
+    """Everything a `RecordStore` promises, in one process."""
 
-        return make
+
+class TestMemoryTracks(TrackContract):
+    """The same of tracks, cut parents and versions."""

@@ -16,6 +16,7 @@ from serve_app.store.owner.budget import Budget
 from serve_app.store.owner.holdings import Holdings
 from serve_app.store.owner.leases import Leases
 from serve_app.store.owner.ledger import Ledger
+from tests.distinct_ids import distinct_ids
 
 META = make_record(np.zeros((2, 2, 1), int), num_experts=4).meta
 
@@ -80,11 +81,58 @@ def test_a_chain_of_children_keeps_what_it_needs() -> None:
     ledger.release(root)
     ledger.release(turn)
     assert ledger.take_dropped() == []
-    assert [payload for _, payload in ledger.read(last, 1)] == ["root", "turn", "last"]
+    assert [link.payload for link in ledger.read(last, 1)] == ["root", "turn", "last"]
     ledger.release(last)
     assert ledger.take_dropped() == ["last", "turn"]
     ledger.release(other)
     assert ledger.take_dropped() == ["other", "root"]
+
+
+def test_a_child_may_take_less_than_all_of_its_parent() -> None:
+    ledger: Ledger[str] = Ledger()
+
+    def add(name: str, start: int, rows: int, parent: int | None, kept: int | None = None) -> int:
+        meta = META._replace(start=start, rows=rows, invalid=(0, rows - 1))
+        return ledger.add(meta, name, now=0, lease_s=9, parent=parent, parent_rows=kept)
+
+    def read(seq: int) -> list[tuple[str, int]]:
+        return [(link.payload, link.rows) for link in ledger.read(seq, 1)]
+
+    root = add("root", 0, 10, None)
+    turn = add("turn", 10, 5, root)
+    branch = add("branch", 7, 4, turn, kept=7)
+    edge = add("edge", 12, 4, turn, kept=12)
+    twice = add("twice", 9, 4, edge, kept=9)
+    assert read(turn) == [("root", 10), ("turn", 5)]
+    assert read(branch) == [("root", 7), ("branch", 4)]
+    assert read(edge) == [("root", 10), ("turn", 2), ("edge", 4)]
+    assert read(twice) == [("root", 9), ("twice", 4)]
+    assert [(meta.stop, meta.invalid) for meta in ledger.describe(branch)] == [
+        (7, (0,)),
+        (11, (0, 3)),
+    ]
+    for seq in (root, turn, branch, edge):
+        ledger.release(seq)
+    assert read(twice) == [("root", 9), ("twice", 4)]
+    ledger.release(twice)
+    assert sorted(ledger.take_dropped()) == ["branch", "edge", "root", "turn", "twice"]
+
+
+def test_records_of_earlier_weights_are_found_a_stretch_at_a_time() -> None:
+    ledger: Ledger[int] = Ledger()
+    for number in range(50_000):
+        ledger.add(META._replace(weight_version=number // 10_000), 0, now=0, lease_s=9)
+    ledger.release(3)
+    found, first, looks = list[int](), 0, 0
+    while True:
+        some, then = ledger.older(2, first)
+        found += some
+        looks += 1
+        if then is None:
+            break
+        first = then
+    assert found == [seq for seq in range(20_000) if seq != 3]
+    assert looks == 3
 
 
 def test_a_ledger_forgets_the_long_dead_but_not_that_they_were() -> None:
@@ -97,7 +145,7 @@ def test_a_ledger_forgets_the_long_dead_but_not_that_they_were() -> None:
     kept = ledger.add(META, 1, now=0, lease_s=9)
     with pytest.raises(KeyReleased):
         ledger.read(0, 1)
-    assert [payload for _, payload in ledger.read(kept, 1)] == [1]
+    assert [link.payload for link in ledger.read(kept, 1)] == [1]
 
 
 async def test_a_budget_serves_in_order_and_never_overdraws() -> None:
@@ -137,11 +185,11 @@ async def test_a_late_or_cancelled_put_holds_nothing() -> None:
 def test_records_of_one_model_share_its_layers_however_they_arrived() -> None:
     """So that an answer about a thousand of them says the layers once."""
     holdings = Holdings(1 << 20)
-    ids = np.zeros((4, 60, 2), np.uint8)
+    ids = distinct_ids((4, 60, 2), 8)
     for _ in range(100):
         record = make_record(ids, num_experts=8, moe_layers=list(range(1, 60)))
         (offer,) = unpack(pack([offer_of(record, None, None, None)]))
-        seq = holdings.keep(offer, record.ids.tobytes(), 60, None)
+        seq = holdings.keep(offer, (record.ids.tobytes(),), 60, None)
         assert holdings.ledger.describe(seq) == [record.meta]
     metas = [holdings.ledger.describe(seq)[0] for seq in range(100)]
     assert len({id(meta.moe_layers) for meta in metas}) == 1

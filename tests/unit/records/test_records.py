@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from serve_app.errors import RecordError
 from serve_app.records import hash_tokens, make_record, narrowest_dtype
+from tests.distinct_ids import distinct_ids
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_the_narrowest_dtype_that_holds_every_id(experts: int, dtype: str) -> No
 def test_ids_survive_narrowing(
     rows: int, layers: int, top_k: int, experts: int, source: str, seed: int
 ) -> None:
-    ids = np.random.default_rng(seed).integers(0, experts, (rows, layers, top_k)).astype(source)
+    ids = distinct_ids((rows, layers, top_k), experts, seed).astype(source)
     made = make_record(ids, num_experts=experts, start=seed)
     np.testing.assert_array_equal(made.ids, ids)
     assert (made.meta.rows, made.meta.layers, made.meta.top_k) == ids.shape
@@ -61,18 +62,18 @@ def test_ids_survive_narrowing(
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"ids": np.zeros((2, 3, 2), int), "num_experts": 8} | change
+    arguments: dict[str, Any] = {"ids": distinct_ids((2, 3, 2), 8), "num_experts": 8} | change
     with pytest.raises(RecordError, match=message):
         make_record(**arguments)
 
 
 def test_dense_layers_columns_mean_nothing_and_are_cleared() -> None:
     ids = np.full((2, 3, 2), 65_535)
-    ids[:, [0, 2]] = 7
+    ids[:, [0, 2]] = 7, 3
     made = make_record(ids, num_experts=8, moe_layers=(0, 2))
     assert made.moe_layers == (0, 2)
     assert made.ids[:, 1].max() == 0
-    assert (made.ids[:, [0, 2]] == 7).all()
+    assert (made.ids[:, [0, 2]] == [7, 3]).all()
 
 
 def test_valid_rows_and_token_hash_are_kept() -> None:

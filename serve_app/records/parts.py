@@ -1,0 +1,30 @@
+"""Some rows of a record as a record of their own."""
+
+from serve_app.records.ids import checksum
+from serve_app.records.record import Record
+
+
+def part_of(record: Record, first: int, stop: int) -> Record:
+    """Return the rows at sequence positions ``first .. stop`` of a record, tracks and all."""
+    begin, end = first - record.start, stop - record.start
+    ids = record.ids[begin:end]
+    tracks = {name: track.part(begin, end) for name, track in record.tracks.items()}
+    invalid = tuple(row - begin for row in record.meta.invalid if begin <= row < end)
+    meta = record.meta._replace(
+        rows=len(ids),
+        start=first,
+        checksum=checksum(ids),
+        invalid=invalid,
+        unrouted=min(record.meta.unrouted, len(invalid)),
+        tracks=tuple(track.meta(name) for name, track in tracks.items()),
+    )
+    return Record(meta, ids, tracks)
+
+
+def new_part_of(record: Record, covered: int) -> Record:
+    """Leave out the rows before position ``covered``; the last row stays in any case.
+
+    A record is never empty, and of a row that two records have the earlier capture is read.
+    """
+    first = min(covered, record.meta.stop - 1)
+    return record if first <= record.start else part_of(record, first, record.meta.stop)
