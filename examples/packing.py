@@ -71,9 +71,12 @@ def _pack(rollouts: Sequence[Rollout], routes: ExpertBatch) -> Pack:
 
 def _routes_of(batch: ExpertBatch, first: int, last: int) -> ExpertBatch:
     begin, end = int(batch.cu_seqlens[first]), int(batch.cu_seqlens[last])
+    rows = slice(begin, end)
     return dataclasses.replace(
         batch,
-        ids=batch.ids[begin:end],
-        valid=batch.valid[begin:end],
+        ids=batch.ids[rows],
+        valid=batch.valid[rows],
         cu_seqlens=batch.cu_seqlens[first : last + 1] - begin,
+        tokens=None if batch.tokens is None else batch.tokens[rows],
+        version_of=None if batch.version_of is None else batch.version_of[rows],
     )

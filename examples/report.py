@@ -30,6 +30,15 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """A step's rows: with routes, masked for want of them, and refused as no router's choice."""
+
+    replayed: int
+    masked: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What one training step saw."""
 
@@ -44,6 +53,9 @@ class StepReport:
     replayed: Gap
     materialize_s: float
     live_keys: int
+    rows: Rows
+    replay_happened: bool
+    verdict: str
 
 
 class Board:
@@ -104,6 +116,7 @@ def table(reports: Sequence[StepReport]) -> Table:
         "routed\ndifferently",
         "KL (k3)",
         "largest\nratio",
+        "replayed\n/masked\n/refused",
         "mate-\nrialize",
         "live\nkeys",
     ):
@@ -117,6 +130,7 @@ def table(reports: Sequence[StepReport]) -> Table:
             f"{each.without.different:.2%} → {_share(each.replayed.different)}",
             f"{each.without.kl:.1e} → {each.replayed.kl:.1e}",
             f"{each.without.ratio:.2f} → {each.replayed.ratio:.2f}",
+            f"{each.rows.replayed:,}/{each.rows.masked:,}/{each.rows.refused:,}",
             f"{each.materialize_s * 1e3:.0f} ms",
             f"{each.live_keys}",
         )
@@ -142,6 +156,7 @@ def broken_promises(reports: Sequence[StepReport]) -> list[str]:
             f"mean KL is {replayed:.2e} with replay and {without:.2e} without, expected at most"
             f" 1/{KL_FACTOR} of it"
         )
+    broken += [f"step {each.step}: {each.verdict}" for each in reports if not each.replay_happened]
     if left := reports[-1].live_keys:
         broken.append(f"{left} keys are live at the end, expected 0")
     return broken
@@ -165,7 +180,9 @@ def summary(reports: Sequence[StepReport]) -> str:
         f" factor of {without / replayed:.1f}.\n"
         f"The routes crossed the control path as keys of {_kb(keys)} kB in all; as base64 they are"
         f" {_kb(base64)} kB ({base64 / keys:.0f} times that), as JSON {_kb(as_json)} kB"
-        f" ({as_json / keys:.0f} times)."
+        f" ({as_json / keys:.0f} times).\n"
+        f"A trace of one rollout a step, recorded experts beside those of the batch and those that"
+        f" the routers used; the last step's: {reports[-1].verdict}."
     )
 
 

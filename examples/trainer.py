@@ -7,6 +7,7 @@ old log-probabilities, and with replay for the update. The routes are materializ
 import base64
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.packing import Pack, Rollout, packs
-from examples.report import Gap, StepReport
+from examples.report import Gap, Rows, StepReport
 from serve_app.client import RoutedExpertsClient
 from serve_app.engines.moe import find_moe_blocks
 from serve_app.engines.transformers.recording import ExpertRecorder
-from serve_app.replay import replay_routing
+from serve_app.replay import Trace, replay_routing
 from serve_app.types import ExpertBatch, GenerateRequest, GenerateResult, RoutedSequence
 
 CLIP = 0.2
@@ -86,7 +87,10 @@ class Trainer:
         with torch.no_grad():
             native = [self._forward(pack, replay=False) for pack in rows]
         yield "learning with replay"
-        learned = self._learn(rows, old)
+        with tempfile.TemporaryDirectory() as folder:
+            trace = self._trace(Path(folder) / "replay.jsonl", rollouts[: self._args.pack])
+            learned = self._learn(rows, old, trace)
+            verdict = trace.verdict()
         # Only now: until the optimizer has stepped, a pass that failed could be repeated.
         self._client.release(tag=tag)
         yield "pushing the weights"
@@ -104,6 +108,9 @@ class Trainer:
             replayed=_gap(rows, old, learned),
             materialize_s=materialize_s,
             live_keys=self._client.stats().live_keys,
+            rows=_rows(batch),
+            replay_happened=verdict.happened,
+            verdict=verdict.says,
         )
 
     def _sample(self, tag: str, version: int) -> list[Rollout]:
@@ -128,13 +135,16 @@ class Trainer:
         ]
 
     def _materialize(self, rollouts: Sequence[Rollout]) -> ExpertBatch:
-        return self._client.materialize(
-            [RoutedSequence(rollout.key, rollout.length) for rollout in rollouts]
-        )
+        return self._client.materialize(_sequences(rollouts), tracks=["tokens"])
 
-    def _forward(self, pack: Pack, *, replay: bool) -> Forward:
+    def _trace(self, path: Path, rollouts: Sequence[Rollout]) -> Trace:
+        """Write down what was recorded, sliced and used for the last of some rollouts."""
+        sequences = _sequences(rollouts)
+        return Trace(path, [len(sequences) - 1], of=sequences, get=self._client.get)
+
+    def _forward(self, pack: Pack, *, replay: bool, trace: Trace | None = None) -> Forward:
         routing: AbstractContextManager[None] = (
-            replay_routing(self._model, pack.routes) if replay else nullcontext()
+            replay_routing(self._model, pack.routes, trace=trace) if replay else nullcontext()
         )
         with routing, self._recorder.capture() as captured:
             logits = self._model(
@@ -143,12 +153,15 @@ class Trainer:
         logprobs = logits.log_softmax(-1).gather(-1, pack.sampled[:, None])[:, 0]
         return Forward(logprobs, torch.from_numpy(captured.ids()))
 
-    def _learn(self, rows: Sequence[Pack], old: Sequence[Forward]) -> list[Forward]:
-        """Take one optimizer step on the clipped GRPO loss; return the passes it learned from."""
+    def _learn(self, rows: Sequence[Pack], old: Sequence[Forward], trace: Trace) -> list[Forward]:
+        """Take one optimizer step on the clipped GRPO loss; return the passes it learned from.
+
+        The first of them is traced.
+        """
         sampled = sum(len(pack.sampled) for pack in rows)
         passes = []
         for pack, before in zip(rows, old, strict=True):
-            now = self._forward(pack, replay=True)
+            now = self._forward(pack, replay=True, trace=None if passes else trace)
             ratio = (now.logprobs - before.logprobs).exp()
             clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
             gain = torch.minimum(ratio * pack.advantages, clipped * pack.advantages)
@@ -158,6 +171,17 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return passes
+
+
+def _sequences(rollouts: Sequence[Rollout]) -> list[RoutedSequence]:
+    return [RoutedSequence(rollout.key, rollout.length) for rollout in rollouts]
+
+
+def _rows(batch: ExpertBatch) -> Rows:
+    """Count a batch's rows; each sequence's last one was never processed by the engine."""
+    replayed, last = int(batch.valid.sum()), len(batch.cu_seqlens) - 1
+    masked = sum(missing.count for missing in batch.missing)
+    return Rows(replayed, masked, len(batch.valid) - replayed - masked - last)
 
 
 def _tokenize(model: Path, prompts: Sequence[str]) -> list[list[int]]:

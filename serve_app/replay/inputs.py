@@ -46,7 +46,8 @@ class DecoderInputs:
         given = dict(inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         tokens = given.get("input_ids")
-        shape = (given["inputs_embeds"] if tokens is None else tokens).shape
+        embeds = given.get("inputs_embeds") if tokens is None else tokens
+        shape = (0, 0) if embeds is None else embeds.shape
         use_cache = given.get("use_cache")
         if use_cache is None:
             use_cache = getattr(config, "use_cache", False)
@@ -82,6 +83,8 @@ class InputCheck:
     ) -> None:
         """Check one call; a forward pre-hook."""
         inputs = DecoderInputs.of(decoder, self._config, args, kwargs)
+        if not inputs.rows:
+            return  # the model says so
         self._check_kept_apart(inputs)
         tokens = inputs.rows * inputs.columns
         if tokens != len(self._batch.valid):

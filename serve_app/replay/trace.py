@@ -108,12 +108,12 @@ class Trace:
     def _opened(self) -> IO[str]:
         """Open the file, which this trace made: nobody's file is overwritten or followed."""
         first = self._passes == 0
-        self._passes += 1
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if first else os.O_APPEND)
         try:
             file = os.fdopen(os.open(self.path, flags, 0o600), "w", encoding="utf-8")
         except OSError as error:
             raise ReplayError(f"trace {self.path}: expected a new file, got {error}") from error
+        self._passes += 1  # only now is it known to be ours
         if first:
             file.write(json.dumps(FORMAT) + "\n")
         return file

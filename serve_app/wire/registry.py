@@ -110,7 +110,7 @@ def decode_halves(
 ) -> Record:
     """Return one record of the prompt's rows and those after them, which came apart.
 
-    vLLM before 0.22 answers so: ``prompt_routed_experts`` of the request, P rows, and
+    vLLM 0.21 answers so (PR 39917): ``prompt_routed_experts`` of the request, P rows, and
     ``routed_experts`` of each completion, G-1; ``generated`` is None, or has no rows, where one
     token was sampled. Both are read as `decode` reads them; ``expected.rows`` is their sum,
     ``extra_rows`` are the last, and the generated rows start where the prompt's end. Raises

@@ -48,7 +48,7 @@ PUBLIC = {
     "serve_app.types": ("BatchSpec", "ExpertBatch", "GenerateRequest", "RankSlice", "StoreStats"),
     "serve_app.config": ("EngineArgs", "RolloutArgs", "StoreArgs", "StoreGraphArgs"),
     "serve_app.records": ("Record", "RecordMeta", "make_record"),
-    "serve_app.replay": ("replay_routing",),
+    "serve_app.replay": ("Trace", "TraceVerdict", "check_trace", "replay_routing"),
     "serve_app.wire.registry": ("decode", "encode"),
     "serve_app.wire.expected": ("Expected",),
     "graphs.rollout": ("build",),

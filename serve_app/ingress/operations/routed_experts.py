@@ -29,6 +29,7 @@ from serve_app.records import Record, RecordMeta, part_of
 from serve_app.store.base import RecordStore
 from serve_app.types import (
     BatchSpec,
+    ContextParallel,
     OnMissing,
     OutputDtype,
     PackedExperts,
@@ -80,7 +81,7 @@ class RankBody(BaseModel):
     tail: Tail = "own_sequence"
     cp_size: Parts = 1
     cp_rank: Part = 0
-    cp: Literal["zigzag", "contiguous"] = "zigzag"
+    cp: ContextParallel = "zigzag"
     sp_size: Parts = 1
     sp_rank: Part = 0
     layers: Annotated[list[Part], Field(max_length=4096)] | None = None

@@ -44,7 +44,7 @@ def decode(payload: object, expected: Expected) -> Record:
         raise refusal("nrlre1:<dtype>:<rows>x<layers>x<top_k>:<base64>", payload)
     dtype = read_dtype(header[1], _DTYPES)
     shape = read_shape([int(size) for size in header.groups()[1:]])
-    expected.check_shape(shape, spare=0 if expected.extra_rows else 1)
+    expected.check_shape(shape, spare=1)
     ids = read_ids(payload[header.end() :], dtype, shape)
     return expected.to_record(ids if expected.extra_rows else _without_dummy(ids, expected.rows))
 

@@ -47,10 +47,11 @@ def _refuse(payload: Mapping[str, Any] | list[Any], whole: bool) -> None:
 
 def _whole(place: str | None, got: str = "the whole answer", halves: bool = False) -> str:
     expected = f"expected the routed experts of an answer, got {got}"
+    if halves:
+        rest = "None" if place is None else f"answer{place}"
+        return f"{expected}: pass answer['{_PROMPT}'] and {rest} to decode_halves"
     if place is None:
         return f"{expected}, and there are none in it"
-    if halves:
-        return f"{expected}: pass answer['{_PROMPT}'] and answer{place} to decode_halves"
     return f"{expected}: pass answer{place}"
 
 
@@ -85,9 +86,9 @@ def _place_in(text: str) -> str | None:
         mark = text[token.start()]
         if mark == '"':
             name = token[0][1:-1] if token.end() - token.start() < 32 else ""
-        elif mark in "[{":
+        elif mark in "[{" and len(way) < 64:
             way.append(0 if mark == "[" else "")
-        elif not way or len(way) > 64:
+        elif not way or mark in "[{":
             return None
         elif mark in "]}":
             way.pop()

@@ -68,8 +68,6 @@ class Expected:
 
         ``spare`` rows more than those that are sent are no error yet: the format's reader knows.
         """
-        if shape and not shape[0]:
-            raise no_rows(list(shape))
         moe = len(self.moe)
         fits = len(shape) == 3 and shape[1] in (self.layers, moe) and shape[2] == self.top_k
         if fits and shape[0] <= self.extra_rows:

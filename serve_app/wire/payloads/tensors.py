@@ -22,8 +22,8 @@ class Tensor(Protocol):
     def shape(self) -> Any:
         """Sizes."""
 
-    def detach(self) -> Any:
-        """Return it without its gradient."""
+    def cpu(self) -> Any:
+        """Return it in the memory of the process."""
 
 
 def is_tensor(value: object) -> TypeGuard[Tensor]:
@@ -43,7 +43,7 @@ def on_cpu(tensor: Tensor) -> npt.NDArray[Any]:
             raise no_rows(shape)
         if str(tensor.dtype) not in _INTEGERS:
             raise RecordError(f"expected integer ids, got {tensor.dtype}{shape}")
-        ids: npt.NDArray[Any] = tensor.detach().cpu().numpy()
+        ids: npt.NDArray[Any] = tensor.cpu().numpy()
     except (RuntimeError, TypeError) as error:
         raise RecordError(f"expected a tensor that numpy can read, got {str(error)[:80]}") from None
     return ids

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,10 @@ def test_a_prompts_half_goes_with_the_other() -> None:
     answer = {"prompt_routed_experts": ROUTES, "choices": [CHOICE]}
     with pytest.raises(RecordError, match=r"answer\['prompt_routed_experts'\] and answer.*halves"):
         decode(answer, FULL)
+    with pytest.raises(RecordError, match=r"answer\['prompt_routed_experts'\] and None to decode"):
+        decode({**answer, "choices": [{"routed_experts": None}]}, FULL)
+    with pytest.raises(RecordError, match=r"pass answer\['choices'\]\[0\]\['routed_experts'\]$"):
+        decode({**answer, "prompt_routed_experts": None}, FULL)
 
 
 def test_an_answer_that_is_an_object_is_named() -> None:
@@ -90,6 +95,17 @@ def test_meta_info_alone_is_a_payload() -> None:
     with pytest.raises(RecordError, match="base64 of int32"):
         decode(meta_info, FULL)
     np.testing.assert_array_equal(decode(ROUTES, FULL).ids, IDS)
+
+
+def test_json_text_is_not_parsed() -> None:
+    text = "[" * 1_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(RecordError, match="JSON text"):
+            decode(text, FULL)
+        assert tracemalloc.get_traced_memory()[1] < len(text)
+    finally:
+        tracemalloc.stop()
 
 
 def test_answers_that_hold_themselves_end() -> None:

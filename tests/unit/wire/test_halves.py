@@ -86,3 +86,6 @@ def test_records_of_ours_that_say_more_than_routes_are_not_halves() -> None:
     second = routes(3, start=4, weight_version=4)
     with pytest.raises(RecordError, match="put the second with parent="):
         decode_halves(encode(first, "r3serve"), encode(second, "r3serve"), MODEL)
+    told = encode(routes(3, start=4, tokens=[1, 2, 3]), "r3serve")
+    with pytest.raises(RecordError, match="put the second with parent="):
+        decode_halves(encode(routes(), "r3serve"), told, MODEL)
