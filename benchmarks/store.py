@@ -174,11 +174,10 @@ def group(repeat: int, quick: bool) -> Iterator[Line]:
         store = open_store(f"group_{shared}")
         record = make_record(ids, num_experts=128)
         parent = store.put(make_record(ids[:PROMPT], num_experts=128)) if shared else None
-        members = []
-        for _ in range(GROUP):
-            members.append(
-                put_continued(store, record, parent).key if parent else store.put(record)
-            )
+        members = [
+            put_continued(store, record, parent).key if parent else store.put(record)
+            for _ in range(GROUP)
+        ]
         if parent:
             store.release([parent])
         for found in store.fetch(members):

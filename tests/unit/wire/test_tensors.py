@@ -10,7 +10,6 @@ import torch
 
 from serve_app.errors import RecordError
 from serve_app.records import make_record
-from serve_app.wire.expected import Expected
 from serve_app.wire.registry import decode
 from tests.unit.wire.samples import FULL, IDS, MODEL, routes, same
 
@@ -70,9 +69,3 @@ def test_decoding_loads_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_tensor_on_a_device_is_brought_to_the_cpu() -> None:
-    same(decode(torch.from_numpy(IDS).int().cuda(), Expected(3, 2, 16, rows=4)), REAL)
