@@ -25,6 +25,7 @@ from benchmarks.harness.upstream import SharedStore
 from serve_app.config import StoreArgs
 from serve_app.continuing import put_continued
 from serve_app.records import make_record
+from serve_app.records.distinct import repeating_rows, repeating_rows_of_ours
 from serve_app.store.access.client import ShardStore, connect
 from serve_app.store.owner.directory import open_directory
 
@@ -193,6 +194,24 @@ def group(repeat: int, quick: bool) -> Iterator[Line]:
     }
 
 
+def distinct(repeat: int, quick: bool) -> Iterator[Line]:
+    """Look for rows that were never routed in a record of an engine, beside its put.
+
+    ``foreign`` is the look at every id, which records of others get.
+    """
+    app, shape = "distinct", MB_1_5 if quick else MB_12
+    open_store(app)
+    (producer,) = make_producers(app, shape, 1, 1)
+    ids, layers = random_routes(shape, 128), range(shape[1])
+    paths = [
+        Path("put", lambda _: ray.get(producer.put.remote())),
+        Path("ours", lambda _: repeating_rows_of_ours(ids, layers)),
+        Path("foreign", lambda _: repeating_rows(ids, layers)),
+    ]
+    times = interleaved(paths, repeat, 3 * int(np.prod(shape)))
+    yield line(app, times, [Target("check_vs_put", "ours", "put", most=0.05)], shape)
+
+
 def line(what: str, times: dict[str, Times], targets: list[Target], shape: tuple[int, ...]) -> Line:
     """Return one line of output."""
     return {
@@ -212,6 +231,7 @@ FIGURES = {
     "loop": loop,
     "round_trips": round_trips,
     "keys": keys,
+    "distinct": distinct,
 }
 
 

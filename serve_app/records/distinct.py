@@ -13,8 +13,6 @@ import numpy.typing as npt
 from serve_app.records.ids import Rows
 
 _CELLS_AT_ONCE = 1 << 16
-_LOOKED_AT_WHOLE = 3
-"""Rows of a trusted record that are looked at in all their layers."""
 
 
 def repeating_rows(ids: npt.NDArray[Any], moe_layers: Sequence[int]) -> Rows:
@@ -39,15 +37,20 @@ def repeating_rows(ids: npt.NDArray[Any], moe_layers: Sequence[int]) -> Rows:
 def repeating_rows_of_ours(ids: npt.NDArray[Any], moe_layers: Sequence[int]) -> Rows:
     """Do as `repeating_rows` for what an engine of ours recorded, at a fraction of the work.
 
-    It writes whole rows, so a row that it missed repeats in every layer, and a layer that it missed
-    in every row: all rows are looked at in their first and last MoE layer, and the first, the
-    middle and the last row in all.
+    It writes whole rows into blank memory, so a row that it missed is blank in every layer, and a
+    layer that it missed in every row. All rows are looked at where the first MoE layer's first two
+    ids stand, and the first, the middle and the last row as a whole; what is blank there is looked
+    at like anybody's.
     """
-    rows = len(ids)
-    repeats = repeating_rows(ids, sorted({moe_layers[0], moe_layers[-1]}))
-    whole = sorted({0, rows // 2, rows - 1})
-    if rows > _LOOKED_AT_WHOLE and repeating_rows(ids[whole], moe_layers).any():
+    rows, _, top_k = ids.shape
+    if top_k == 1:
+        return np.zeros(rows, np.bool_)
+    if repeating_rows(ids[sorted({0, rows // 2, rows - 1})], moe_layers).any():
         return repeating_rows(ids, moe_layers)
+    first = moe_layers[0]
+    repeats: Rows = ids[:, first, 0] == ids[:, first, 1]
+    if repeats.any():
+        repeats[repeats] = repeating_rows(ids[repeats], moe_layers)
     return repeats
 
 

@@ -50,9 +50,10 @@ class RecordMeta(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Size of ids and tracks in bytes."""
-        if not self.tracks:
-            return self.ids_nbytes
-        return self.ids_nbytes + sum(track.nbytes(self.rows) for track in self.tracks)
+        nbytes = self.ids_nbytes
+        for track in self.tracks:  # no generator: this is asked for every record, several times
+            nbytes += track.nbytes(self.rows)
+        return nbytes
 
     @property
     def stop(self) -> int:

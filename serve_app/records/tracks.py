@@ -25,6 +25,7 @@ UNKNOWN = -1
 MAX_TRACKS = 16
 MAX_DIMENSIONS = 4
 DTYPES = ("|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<i8", "<f8")
+_ITEMSIZE = {dtype: np.dtype(dtype).itemsize for dtype in DTYPES}
 _OFFSETS = np.dtype("<i8")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -48,10 +49,9 @@ class TrackMeta(NamedTuple):
 
     def nbytes(self, rows: int) -> int:
         """Return the size of the buffer."""
-        each = math.prod(self.shape) * np.dtype(self.dtype).itemsize
         if self.values is None:
-            return rows * each
-        return (rows + 1) * _OFFSETS.itemsize + self.values * each
+            return rows * self._each
+        return (rows + 1) * _OFFSETS.itemsize + self.values * self._each
 
     def over(self, buffer: npt.NDArray[Any] | bytes, rows: int) -> "Track":
         """Return the track of ``rows`` rows that lies in a buffer, not copied.
@@ -70,7 +70,8 @@ class TrackMeta(NamedTuple):
 
     @property
     def _each(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        size = _ITEMSIZE[self.dtype]
+        return size * math.prod(self.shape) if self.shape else size
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,10 @@ class Track:
             return values
         head = np.ascontiguousarray(self.offsets, _OFFSETS).view(np.uint8)
         return np.concatenate([head, values])
+
+    def tobytes(self) -> bytes:
+        """Return a copy of the buffer."""
+        return self.values.tobytes() if self.offsets is None else self.buffer().tobytes()
 
     def meta(self, name: str) -> TrackMeta:
         """Return what says everything but the values."""

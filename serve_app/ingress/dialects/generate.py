@@ -65,7 +65,8 @@ class MetaInfo(BaseModel):
     """Everything about an answer but its text and tokens.
 
     ``routed_experts`` is a key, a nested list ``[rows][layers][top_k]``, or null; then
-    ``routed_experts_error`` says why, if it was asked for.
+    ``routed_experts_error`` says why, if it was asked for. ``continued_rows`` are there where the
+    request had ``continue_from``.
     """
 
     prompt_tokens: int | None = None
@@ -75,6 +76,7 @@ class MetaInfo(BaseModel):
     routed_experts: str | list[Any] | None = None
     routed_experts_error: str | None = None
     weight_version: int | None = None
+    continued_rows: int | None = None
 
 
 class GenerateAnswer(BaseModel):
@@ -154,7 +156,7 @@ async def _events(
 def _meta(
     request: GenerateRequest, tokens: int, out: Json, result: GenerateResult | None
 ) -> dict[str, Any]:
-    return {
+    meta = {
         "prompt_tokens": len(request.input_ids),
         "completion_tokens": tokens,
         "finish_reason": None if result is None else {"type": result.finish_reason},
@@ -163,3 +165,6 @@ def _meta(
         "routed_experts_error": None if result is None else result.routed_experts_error,
         "weight_version": None if result is None else result.weight_version,
     }
+    if request.continue_from is not None:
+        meta["continued_rows"] = None if result is None else result.continued_rows
+    return meta

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayError
 
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
-from serve_app.records import ROUTES, Ids, Record, RecordMeta, Track
+from serve_app.records import ROUTES, Record, RecordMeta, Track, Tracks
 from serve_app.store.access.calls import ShardCalls, line
 from serve_app.store.access.routing import KeyRouter
 from serve_app.store.base import Meanwhile, Segments, TrackPart, Unreadable
@@ -19,6 +19,7 @@ from serve_app.store.owner.answers import (
     SMALL,
     Found,
     Place,
+    Places,
     ReadAnswer,
     ids_of,
     unpack_described,
@@ -26,6 +27,7 @@ from serve_app.store.owner.answers import (
 from serve_app.store.owner.directory import list_shards, this_node
 from serve_app.store.snapshot import Entry, Page
 
+_NO_TRACKS: Tracks = {}
 _HERE_S = 2.0
 """How long objects of this node may take before they are asked for anew."""
 
@@ -219,13 +221,6 @@ class _Bytes(NamedTuple):
             raise _Lost(batch)
         return batch[index]
 
-    def ids(self, meta: RecordMeta, place: Place | None) -> Ids:
-        """Return a record's routes."""
-        assert place is not None
-        if place[0] == SMALL:
-            return ids_of(meta, self.small, place[1])
-        return self.at(place)
-
     def track(self, meta: RecordMeta, name: str, place: Place | None) -> Track | None:
         """Return a record's track, None if it has none of that name."""
         if place is None:
@@ -241,18 +236,25 @@ class _Bytes(NamedTuple):
 def _segments(found: Found, of: _Bytes, columns: Sequence[str]) -> Segments | Unreadable:
     """Join headers and bytes; ``columns`` begin with the routes."""
     segments: Segments = []
+    small, names = of.small, columns[1:]
     try:
         for meta, places, rows in found:
-            record = Record(meta, of.ids(meta, places[0]))
-            if len(columns) > 1:
-                named = zip(columns[1:], places[1:], strict=True)
-                tracks = {name: of.track(meta, name, place) for name, place in named}
-                have = {name: track for name, track in tracks.items() if track is not None}
-                record = Record(meta, record.ids, have)
-            segments.append(record.first(rows))
+            place = places[0]
+            assert place is not None
+            ids = ids_of(meta, small, place[1]) if place[0] == SMALL else of.at(place)
+            if names:
+                record = Record(meta, ids, _tracks(meta, names, places[1:], of))
+            else:
+                record = Record(meta, ids, _NO_TRACKS)
+            segments.append(record if rows == meta.rows else record.first(rows))
     except _Lost as lost:
         return lost.why
     return segments
+
+
+def _tracks(meta: RecordMeta, names: Sequence[str], places: Places, of: _Bytes) -> Tracks:
+    found = {name: of.track(meta, name, place) for name, place in zip(names, places, strict=True)}
+    return {name: track for name, track in found.items() if track is not None}
 
 
 def _track_parts(found: Found, of: _Bytes, name: str) -> list[TrackPart] | Unreadable:

@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,8 @@ _ROUTES_ALONE = (ROUTES,)
 _HEADER = RecordMeta._fields.index("tracks")
 
 
-class FoundRecord(NamedTuple):
-    """A record's header, where its columns are, and how many of its rows are meant."""
-
-    meta: RecordMeta
-    places: Places
-    rows: int
-
-
+FoundRecord = tuple[RecordMeta, Places, int]
+"""A record's header, where its columns are, and how many of its rows are meant."""
 Found = list[FoundRecord]
 """A key's segments."""
 _Packed = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...], Places, int]
@@ -72,18 +66,18 @@ class ReadAnswer:
         """What each key is made of, or why it has nothing."""
         chains: list[list[_Packed] | KeyUnreadable] = pickle.loads(self.packed)
         return [
-            [_found(*packed) for packed in chain] if isinstance(chain, list) else chain
+            [
+                (_with_tracks(header, tracks) if tracks else RecordMeta(*header), places, rows)
+                for header, tracks, places, rows in chain
+            ]
+            if isinstance(chain, list)
+            else chain
             for chain in chains
         ]
 
 
-def _found(
-    header: tuple[Any, ...], tracks: tuple[tuple[Any, ...], ...], places: Places, rows: int
-) -> FoundRecord:
-    if not tracks:
-        return FoundRecord(RecordMeta(*header), places, rows)
-    meta = RecordMeta(*header)._replace(tracks=tuple(TrackMeta(*track) for track in tracks))
-    return FoundRecord(meta, places, rows)
+def _with_tracks(header: tuple[Any, ...], tracks: tuple[tuple[Any, ...], ...]) -> RecordMeta:
+    return RecordMeta(*header)._replace(tracks=tuple(TrackMeta(*track) for track in tracks))
 
 
 class Collected:
@@ -107,7 +101,7 @@ class Collected:
         if self._routes_alone:
             self._chains.append(
                 [
-                    (tuple(meta)[:_HEADER], (), (self._place(payload[0]),), rows)
+                    (meta[:_HEADER], (), (self._place(payload[0]),), rows)
                     for meta, payload, rows in chain
                 ]
             )
@@ -121,7 +115,7 @@ class Collected:
         places = tuple(
             self._place(by_name[name]) if name in by_name else None for name in self._columns
         )
-        return tuple(meta)[:_HEADER], tuple(map(tuple, meta.tracks)), places, rows
+        return meta[:_HEADER], tuple(map(tuple, meta.tracks)), places, rows
 
     def miss(self, why: KeyUnreadable) -> None:
         """Add a key that cannot be read."""

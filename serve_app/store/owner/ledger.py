@@ -42,12 +42,9 @@ class _Entry(Generic[P]):
     children: int = 0
 
 
-class Link(NamedTuple, Generic[P]):
-    """A record of a chain, and how many of its rows the chain has."""
-
-    meta: RecordMeta
-    payload: P
-    rows: int
+Link = tuple[RecordMeta, P, int]
+"""A record of a chain, its payload, and how many of its rows the chain has. A plain tuple: named
+ones take several times as long to make, and a read makes thousands."""
 
 
 class Held(NamedTuple, Generic[P]):
@@ -122,7 +119,9 @@ class Ledger(Generic[P]):
 
     def _chain(self, entry: _Entry[P]) -> list[Link[P]]:
         """Walk up to the oldest ancestor; each link may take less of what is above it."""
-        chain = [Link(entry.meta, entry.payload, entry.meta.rows)]
+        chain: list[Link[P]] = [(entry.meta, entry.payload, entry.meta.rows)]
+        if entry.parent is None:
+            return chain
         limit: int | None = None
         while entry.parent is not None:
             if entry.parent_rows is not None:
@@ -131,7 +130,7 @@ class Ledger(Generic[P]):
             meta = entry.meta
             rows = meta.rows if limit is None else min(meta.rows, limit - meta.start)
             if rows > 0:
-                chain.append(Link(meta, entry.payload, rows))
+                chain.append((meta, entry.payload, rows))
         chain.reverse()
         return chain
 

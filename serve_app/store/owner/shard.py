@@ -34,7 +34,6 @@ from serve_app.store.offers import Offer, objects_of, unpack
 from serve_app.store.owner.answers import Collected, Described, ReadAnswer, pack_described
 from serve_app.store.owner.epochs import Epochs
 from serve_app.store.owner.holdings import DROP_AT_ONCE, Holdings, Piece, pieces_of
-from serve_app.store.owner.ledger import Link
 from serve_app.store.owner.metrics import ShardMetrics
 from serve_app.store.owner.object_store import default_budget
 from serve_app.store.owner.presence import is_served
@@ -186,7 +185,7 @@ class Shard:
             entries.append(
                 Entry(key, above, held.tag, held.lease_s, live, held.meta, held.parent_rows)
             )
-            collected.add([Link(held.meta, held.payload, held.meta.rows)])
+            collected.add([(held.meta, held.payload, held.meta.rows)])
         return Page(entries, more, tuple(tracks)), collected.answer()
 
     async def adopt(self, secret: bytes, new_keys: Mapping[str, str]) -> None:

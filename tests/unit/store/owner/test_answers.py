@@ -5,7 +5,6 @@ import numpy as np
 from serve_app.errors import KeyReleased
 from serve_app.records import ROUTES, make_record, raw_record
 from serve_app.store.owner.answers import SMALL, Collected, ids_of
-from serve_app.store.owner.ledger import Link
 from tests.distinct_ids import distinct_ids
 
 TOKENS = b"the tokens of five rows"
@@ -24,27 +23,27 @@ def test_headers_of_several_models_come_back_unchanged() -> None:
         make_record(ids(3), num_experts=64, weight_version=8).meta,
     ]
     collected = Collected((ROUTES, "tokens"))
-    collected.add([Link(metas[0], (b"first", TOKENS), 5), Link(metas[1], (b"second",), 5)])
+    collected.add([(metas[0], (b"first", TOKENS), 5), (metas[1], (b"second",), 5)])
     collected.miss(KeyReleased("the key was released"))
     for meta in metas[2:]:
-        collected.add([Link(meta, (b"alone",), meta.rows)])
+        collected.add([(meta, (b"alone",), meta.rows)])
     found = collected.answer().found
-    headers = [[one.meta for one in chain] for chain in found if isinstance(chain, list)]
+    headers = [[one[0] for one in chain] for chain in found if isinstance(chain, list)]
     assert headers == [metas[:2], *([meta] for meta in metas[2:])]
     assert isinstance(found[1], KeyReleased)
     assert isinstance(found[0], list)
-    assert [place is None for place in found[0][0].places] == [False, False]
-    assert [place is None for place in found[0][1].places] == [False, True]
+    assert [place is None for place in found[0][0][1]] == [False, False]
+    assert [place is None for place in found[0][1][1]] == [False, True]
 
 
 def test_a_reader_of_routes_is_spared_the_tracks() -> None:
     meta = make_record(distinct_ids((5, 3, 2), 60), num_experts=64, tokens=[1, 2, 3, 4, 5]).meta
     alone, both = Collected(), Collected((ROUTES, "tokens"))
     for collected in (alone, both):
-        collected.add([Link(meta, (b"routes..", TOKENS), 5)])
+        collected.add([(meta, (b"routes..", TOKENS), 5)])
     (chain,) = alone.answer().found
     assert isinstance(chain, list)
-    assert chain[0].meta == meta._replace(tracks=())
+    assert chain[0][0] == meta._replace(tracks=())
     assert bytes(alone.answer().small[:8]) == b"routes.."
     assert TOKENS not in bytes(alone.answer().small)
     assert TOKENS in bytes(both.answer().small)
@@ -60,7 +59,7 @@ def test_small_records_of_any_length_come_back_unchanged() -> None:
     ]
     collected = Collected()
     for record in records:
-        collected.add([Link(record.meta, (record.ids.tobytes(),), record.meta.rows)])
+        collected.add([(record.meta, (record.ids.tobytes(),), record.meta.rows)])
     answer = collected.answer()
     for record, found in zip(records, answer.found, strict=True):
         assert isinstance(found, list)

@@ -81,7 +81,7 @@ def test_a_chain_of_children_keeps_what_it_needs() -> None:
     ledger.release(root)
     ledger.release(turn)
     assert ledger.take_dropped() == []
-    assert [link.payload for link in ledger.read(last, 1)] == ["root", "turn", "last"]
+    assert [payload for _, payload, _ in ledger.read(last, 1)] == ["root", "turn", "last"]
     ledger.release(last)
     assert ledger.take_dropped() == ["last", "turn"]
     ledger.release(other)
@@ -96,7 +96,7 @@ def test_a_child_may_take_less_than_all_of_its_parent() -> None:
         return ledger.add(meta, name, now=0, lease_s=9, parent=parent, parent_rows=kept)
 
     def read(seq: int) -> list[tuple[str, int]]:
-        return [(link.payload, link.rows) for link in ledger.read(seq, 1)]
+        return [(payload, rows) for _, payload, rows in ledger.read(seq, 1)]
 
     root = add("root", 0, 10, None)
     turn = add("turn", 10, 5, root)
@@ -145,7 +145,7 @@ def test_a_ledger_forgets_the_long_dead_but_not_that_they_were() -> None:
     kept = ledger.add(META, 1, now=0, lease_s=9)
     with pytest.raises(KeyReleased):
         ledger.read(0, 1)
-    assert [link.payload for link in ledger.read(kept, 1)] == [1]
+    assert [payload for _, payload, _ in ledger.read(kept, 1)] == [1]
 
 
 async def test_a_budget_serves_in_order_and_never_overdraws() -> None:
