@@ -1,11 +1,17 @@
 """`r3serve store snapshot`, `restore` and `plot` on a running store; doctor on its cluster."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
+import ray
 from typer.testing import CliRunner
 
 from serve_app.cli import main
+from serve_app.client.served import ServedGraph
+from serve_app.errors import EngineUnavailable
+from serve_app.types import ShardStats
 from tests.store_contract import LARGE, SMALL, MakeStore, read, record
 
 
@@ -44,3 +50,32 @@ def test_a_running_store_is_drawn(make_store: MakeStore, tmp_path: Path) -> None
 def test_doctor_looks_at_the_cluster_too(make_store: MakeStore) -> None:
     told = run("doctor", "--address", "auto")
     assert told.count("half of it for records") == 3
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_status_cuts_no_name_short_whatever_the_terminals_width(
+    make_store: MakeStore, columns: int
+) -> None:
+    store = make_store(app="shown")
+    store.put(record(LARGE))
+    told = CliRunner().invoke(main, ["store", "status", "shown"], env={"COLUMNS": str(columns)})
+    assert told.exit_code == 0, told.output
+    assert all(len(line) <= columns for line in told.stdout.splitlines())
+    said = told.stdout.replace("\n", " ")
+    for field in dataclasses.fields(ShardStats):
+        assert field.name in said
+    assert f"{record(LARGE).meta.nbytes:,}" in said
+    assert ("live_keys │ live_bytes" in said) == (columns == 200)
+
+
+def test_what_is_asked_of_which_cluster_is_said(make_store: MakeStore) -> None:
+    cluster = f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
+    make_store(app="named")
+    assert cluster in run("store", "status", "named").replace("\n", " ")
+    assert cluster in run("store", "destroy", "named").replace("\n", " ")
+    for command in ("status", "destroy"):
+        told = CliRunner().invoke(main, ["store", command, "nobody"], env={"COLUMNS": "200"})
+        assert told.exit_code == 1
+        assert f"named 'nobody' runs in {cluster}" in told.stderr.replace("\n", " ")
+    with pytest.raises(EngineUnavailable, match="is being served in the Ray cluster at"):
+        ServedGraph("nobody", None, 5).engine  # noqa: B018

@@ -6,6 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve_app import RoutedExpertsClient
+from tests.graph.test_rollout_graph import serve_locally
 from tests.http_server import LocalGraph, listening
 
 MODEL = "tiny"
@@ -36,3 +38,18 @@ def url(graph: LocalGraph) -> Iterator[str]:
 def http(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def served(tiny_checkpoint: Path) -> RoutedExpertsClient:
+    return serve_locally(
+        tiny_checkpoint, enable_return_routed_experts=True, enable_transfer_obj_ref=True
+    )
+
+
+@pytest.fixture
+def client(served: RoutedExpertsClient) -> Iterator[RoutedExpertsClient]:
+    """The client; a test leaves nothing in the store."""
+    yield served
+    stats = served.stats()
+    assert (stats.live_keys, stats.live_bytes) == (0, 0)

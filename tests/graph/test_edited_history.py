@@ -1,7 +1,5 @@
 """Rollouts that continue others whose tokens part from theirs, through the whole graph."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,22 +9,7 @@ from serve_app import RoutedExpertsClient
 from serve_app.errors import PrefixMismatch, RecordError
 from tests.distinct_ids import distinct_ids
 from tests.graph.test_groups_and_resumes import PROMPT, continuing, key_of
-from tests.graph.test_rollout_graph import request, serve_locally
-
-
-@pytest.fixture(scope="module")
-def served(tiny_checkpoint: Path) -> RoutedExpertsClient:
-    return serve_locally(
-        tiny_checkpoint, enable_return_routed_experts=True, enable_transfer_obj_ref=True
-    )
-
-
-@pytest.fixture
-def client(served: RoutedExpertsClient) -> Iterator[RoutedExpertsClient]:
-    """The client; a test leaves nothing in the store."""
-    yield served
-    stats = served.stats()
-    assert (stats.live_keys, stats.live_bytes) == (0, 0)
+from tests.graph.test_rollout_graph import request
 
 
 def test_an_agent_that_edits_its_history_loses_only_what_it_edited(

@@ -1,6 +1,5 @@
 """Groups, continued rollouts and sleep through the whole graph, in Serve's local testing mode."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,6 @@ from tests.distinct_ids import distinct_ids
 from tests.graph.test_rollout_graph import request, serve_locally
 
 PROMPT = [5, 6, 7, 8]
-
-
-@pytest.fixture(scope="module")
-def served(tiny_checkpoint: Path) -> RoutedExpertsClient:
-    return serve_locally(
-        tiny_checkpoint, enable_return_routed_experts=True, enable_transfer_obj_ref=True
-    )
-
-
-@pytest.fixture
-def client(served: RoutedExpertsClient) -> Iterator[RoutedExpertsClient]:
-    """The client; a test leaves nothing in the store."""
-    yield served
-    stats = served.stats()
-    assert (stats.live_keys, stats.live_bytes) == (0, 0)
 
 
 def key_of(result: GenerateResult) -> str:
