@@ -6,6 +6,7 @@ beside it, each part with its own version. Tokens are compared wherever both sid
 that were captured on other tokens are another sequence's.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from serve_app.records import (
     UNKNOWN,
     Record,
     RecordMeta,
+    TrackMeta,
     hash_tokens,
     new_part_of,
     part_of,
@@ -42,11 +44,12 @@ class Parting(NamedTuple):
 class Compared:
     """A key's sequence beside another's tokens.
 
-    ``covered`` rows of it, from row 0 on, have no gap; ``unknown`` is the first position at which
-    both have a row and one of them no token.
+    ``covered`` rows of it, from row 0 on, have no gap, and ``end`` is the position after its last;
+    ``unknown`` is the first position at which both have a row and one of them no token.
     """
 
     covered: int
+    end: int
     parting: Parting | None = None
     unknown: int | None = None
 
@@ -93,14 +96,34 @@ def same_by_hash(chain: Sequence[RecordMeta], tokens: Tokens, first: int = 0) ->
 
     ``tokens`` are those from position ``first`` on. False says nothing.
     """
-    stop = first + len(tokens)
+    given, stop = np.asarray(tokens, np.int64), first + len(tokens)
+    if not ((given >= 0) & (given < 2**31)).all():
+        return False  # unknown ones prove nothing, and others never were tokens
     return all(
         meta.token_hash is not None
         and first <= meta.start
         and meta.stop <= stop
-        and meta.token_hash == hash_tokens(tokens[meta.start - first : meta.stop - first])
+        and meta.token_hash == hash_tokens(given[meta.start - first : meta.stop - first])
         for meta in chain
     )
+
+
+def end_of(chain: Sequence[RecordMeta]) -> int:
+    """Return the position after the last row that a key's segments have, gaps or not."""
+    return max(meta.stop for meta in chain)
+
+
+def captured(chain: Sequence[RecordMeta], rows: int) -> int:
+    """Leave out of a chain's first ``rows`` those at their end that nobody captured.
+
+    A row that must route natively is no capture, so that a later one of it counts.
+    """
+    while rows:
+        meta = next(one for one in chain if one.start < rows <= one.stop)
+        if rows - 1 - meta.start not in meta.invalid:
+            break
+        rows -= 1
+    return rows
 
 
 def compare(
@@ -111,9 +134,9 @@ def compare(
     The key's own tokens are fetched only where hashes do not tell. Blocks. Raises why the key
     cannot be read.
     """
-    rows = covered(chain)
+    rows, last = covered(chain), end_of(chain)
     if same_by_hash(chain, tokens, first):
-        return Compared(rows)
+        return Compared(rows, last)
     parts = store.fetch_track(key, TOKENS)
     if not isinstance(parts, list):
         raise type(parts)(f"{shorten(key)}: {parts}")
@@ -134,7 +157,7 @@ def compare(
         if len(other := np.flatnonzero((here != there) & ~blank)):
             at = int(other[0])
             partings.append(Parting(begin + at, int(here[at]), int(there[at])))
-    return Compared(rows, min(partings, default=None), min(unknown, default=None))
+    return Compared(rows, last, min(partings, default=None), min(unknown, default=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +187,11 @@ def put_continued(
     what = f"parent {shorten(parent)}"
     if not isinstance(chain, list):
         raise type(chain)(f"{what}: {chain}")
-    _check_model(record, chain[0], parent)
-    rows = _rows_taken(store, record, parent, chain, on_divergence)
-    whole = covered(chain)
-    if not rows:
+    _check_model(record, chain, parent)
+    rows, cut = _rows_taken(store, record, parent, chain, on_divergence)
+    if cut == 0:
         return Continued(store.put(record, tag=tag, lease_s=lease_s), 0)
     new = new_part_of(record, rows)
-    cut = rows if rows < whole else None
     if store.is_local(parent):
         key = store.put(new, tag=tag, lease_s=lease_s, parent=parent, parent_rows=cut)
         return Continued(key, rows)
@@ -189,13 +210,17 @@ def put_continued(
 
 
 def up_to(segments: Segments, stop: int | None) -> Segments:
-    """Return a chain's segments up to position ``stop``, each fit to be put anew."""
-    if stop is None:
-        return segments
+    """Return a chain's segments up to position ``stop``, each fit to be put anew.
+
+    All but a key's own record may have been read in part, under a header of the whole.
+    """
+    end = segments[-1].meta.stop if stop is None else stop
     return [
-        segment if segment.meta.stop <= stop else part_of(segment, segment.start, stop)
+        segment
+        if segment is segments[-1] and segment.meta.stop <= end
+        else part_of(segment, segment.start, min(segment.meta.stop, end))
         for segment in segments
-        if segment.start < stop
+        if segment.start < end
     ]
 
 
@@ -205,27 +230,46 @@ def _rows_taken(
     parent: str,
     chain: Sequence[RecordMeta],
     on_divergence: OnDivergence,
-) -> int:
-    """Return how many of the parent's rows the record's sequence begins with."""
+) -> tuple[int, int | None]:
+    """Return how many of the parent's rows the record's sequence begins with.
+
+    And where the parent's end for it, None for its own end.
+    """
     tokens, what = record.tokens, f"parent {shorten(parent)}"
     if on_divergence == "raise":
-        if tokens is None:
-            return covered(chain)
-        found = compare(store, parent, chain, tokens, record.start)
-        found.check_same(what)
-        return found.covered
+        if tokens is not None:
+            compare(store, parent, chain, tokens, record.start).check_same(what)
+        rows, end = covered(chain), end_of(chain)
+        real = captured(chain, rows) if rows == end else rows
+        return (real, real) if record.start <= real < rows < record.meta.stop + 1 else (rows, None)
     if tokens is None:
         raise RecordError(
             f"{what}: on_divergence='prefix' compares tokens, expected those of"
             f" {record.meta.rows} rows, got none"
         )
-    return min(compare(store, parent, chain, tokens, record.start).common, record.meta.stop)
+    found = compare(store, parent, chain, tokens, record.start)
+    rows = min(found.common, record.meta.stop)
+    if record.start <= (real := captured(chain, rows)):
+        rows = real
+    return rows, rows if rows < found.end else None
 
 
-def _check_model(record: Record, parent: RecordMeta, key: str) -> None:
+def _check_model(record: Record, chain: Sequence[RecordMeta], key: str) -> None:
+    parent = chain[0]
     new = (record.meta.layers, record.meta.top_k, record.num_experts, record.moe_layers)
     old = (parent.layers, parent.top_k, parent.num_experts, parent.moe_layers)
     if new != old:
         raise RecordError(
             f"parent {shorten(key)} has (layers, top_k, experts, MoE layers) {old}, got {new}"
         )
+    for track, meta in itertools.product(record.meta.tracks, chain):
+        theirs = meta.track(track.name)
+        if theirs is not None and _kind(theirs) != _kind(track):
+            raise RecordError(
+                f"parent {shorten(key)} has track {track.name!r} as (dtype, shape, ragged)"
+                f" {_kind(theirs)}, got {_kind(track)}"
+            )
+
+
+def _kind(track: TrackMeta) -> tuple[str, tuple[int, ...], bool]:
+    return track.dtype, track.shape, track.values is not None

@@ -89,11 +89,12 @@ def materialize(
         if number is None or (plan := plans[number]) is None:
             filling.pad(begin, count, at)
         elif run := plan.whole:
-            filling.copy(begin, run.segment, run.source + first, count)
+            filling.copy(begin, run.segment, run.source + first, count, at)
         else:
             filling.fill(begin, plan.part(first, count), at)
         begin += count
     copies.run()
+    filling.pad_native()
     is_moe = set(model.moe_layers)
     moe = tuple(layer for layer in columns if layer in is_moe)
     return PackedExperts(

@@ -43,6 +43,8 @@ def joined(segments: Sequence[Record]) -> Record:
 
 
 def _tracks(segments: Sequence[Record], runs: Sequence[Run], rows: int) -> dict[str, Track]:
+    used = {id(run.segment): run.segment for run in runs}
+    segments = list(used.values())  # those that no row comes from say nothing
     names = dict.fromkeys(name for segment in segments for name in segment.tracks)
     kept = [name for name in names if all(name in s.tracks for s in segments) or name == TOKENS]
     return {name: _track(name, runs, rows) for name in kept}

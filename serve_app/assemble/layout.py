@@ -26,8 +26,7 @@ class Filling:
     ``valid`` is all True to begin with. What records cover is only noted in ``copies``; it stands
     there after their ``run``. A piece of a sequence should cost little whatever its size, so
     views are made once a batch and once a record, and a piece is two slices of them. There are
-    about ``pieces`` of them. ``beside`` is filled with the same rows' other values, and
-    ``unrouted`` counts those that records themselves call invalid.
+    about ``pieces`` of them. ``beside`` is filled with the same rows' other values.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Filling:
         self._valid = valid
         self._padding = padding
         self._beside = beside
-        self.unrouted = 0
+        self._native: list[tuple[int, int]] = []
         self._blocks = blocks_of(columns)
         whole = len(self._blocks) == 1 and len(columns) == model.layers
         short = copies.shared(ids.nbytes) and len(ids) <= KEPT_ELEMENTS * pieces
@@ -64,10 +63,23 @@ class Filling:
         for first, count in (*plan.missing, *plan.tail):
             self.pad(begin + first, count, at + first)
         for target, segment, source, count in plan.runs:
-            self.copy(begin + target, segment, source, count)
+            self.copy(begin + target, segment, source, count, at + target)
 
-    def copy(self, begin: int, segment: Record, source: int, count: int) -> None:
-        """Note ``count`` rows from row ``source`` of a record, for the rows from ``begin`` on."""
+    @property
+    def unrouted(self) -> int:
+        """How many rows records themselves call invalid."""
+        return len(self._native)
+
+    def pad_native(self) -> None:
+        """Fill those with the ids of padding; after the copies ran."""
+        for row, at in self._native:
+            self.pad(row, 1, at)
+
+    def copy(self, begin: int, segment: Record, source: int, count: int, at: int = 0) -> None:
+        """Note ``count`` rows from row ``source`` of a record, for the rows from ``begin`` on.
+
+        They are numbered from ``at`` on.
+        """
         if segment is not self._read:
             sources = (self._rows(segment.ids[:, block]) for _, block in self._blocks)
             self._pairs = list(zip(self._targets, sources, strict=True))
@@ -80,7 +92,7 @@ class Filling:
         for row in segment.meta.invalid:
             if source <= row < end:
                 self._valid[begin + row - source] = False
-                self.unrouted += 1
+                self._native.append((begin + row - source, at + row - source))
 
     def _rows(self, ids: Array) -> Array:
         """View each row ``[columns, top_k]`` as one element where no id is widened.

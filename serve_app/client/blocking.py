@@ -272,7 +272,7 @@ class RoutedExpertsClient:
     ) -> int:
         """End keys, all under a tag, or all of earlier weights; return how many were live.
 
-        A key's weights are those of its newest part. Idempotent.
+        A key's weights are those of its newest part, 0 where nobody said. Idempotent.
         """
         return self._graph.store.release(keys, tag=tag, weight_version_below=weight_version_below)
 

@@ -13,7 +13,7 @@ from serve_app.records.ids import (
     one_tuple,
 )
 from serve_app.records.meta import FORMAT_VERSION, RecordMeta
-from serve_app.records.parts import new_part_of, part_of
+from serve_app.records.parts import as_read, new_part_of, part_of
 from serve_app.records.record import Record, Repeats, make_record, raw_record
 from serve_app.records.tracks import (
     ROUTES,
@@ -39,6 +39,7 @@ __all__ = [
     "Track",
     "TrackMeta",
     "Tracks",
+    "as_read",
     "checksum",
     "hash_tokens",
     "make_record",

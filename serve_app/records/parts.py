@@ -21,6 +21,14 @@ def part_of(record: Record, first: int, stop: int) -> Record:
     return Record(meta, ids, tracks)
 
 
+def as_read(record: Record) -> Record:
+    """Return a record that promises those tracks alone that it was read with: to put it anew."""
+    if len(record.tracks) == len(record.meta.tracks):
+        return record
+    kept = tuple(track for track in record.meta.tracks if track.name in record.tracks)
+    return Record(record.meta._replace(tracks=kept), record.ids, record.tracks)
+
+
 def new_part_of(record: Record, covered: int) -> Record:
     """Leave out the rows before position ``covered``; the last row stays in any case.
 

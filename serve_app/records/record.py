@@ -235,6 +235,8 @@ def _tracks(
             if tokens is not None:
                 raise RecordError("expected tokens once, got them as a track, too")
             values = track.values if isinstance(track, Track) else track
+            if isinstance(track, Track) and track.offsets is not None:
+                raise RecordError("expected a token a row, got a ragged track of them")
             kept[name] = token_track(values, rows)
         else:
             kept[name] = checked_track(name, track, rows)

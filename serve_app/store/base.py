@@ -88,7 +88,7 @@ class RecordStore(Protocol):
     ) -> int:
         """End keys, all under a tag, or all of earlier weights; return how many were live.
 
-        A key's weights are those of its newest part. Idempotent.
+        A key's weights are those of its newest part, 0 where nobody said. Idempotent.
         """
         ...
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from serve_app.records import ROUTES, Record, RecordMeta, TrackMeta
+from serve_app.records import ROUTES, Record, RecordMeta, TrackMeta, as_read
 
 SMALL_BYTES = 64 << 10
 _TRACKS = RecordMeta._fields.index("tracks")
@@ -47,6 +47,7 @@ def offer_of(
     Not with its tokens alone either: those of a few records together make a call so large that
     Ray writes it into its object store.
     """
+    record = as_read(record)
     meta = record.meta
     data: tuple[bytes | None, ...]
     if meta.nbytes > SMALL_BYTES:

@@ -13,10 +13,11 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,7 @@ from safetensors.numpy import save_file
 
 from serve_app.errors import RecordError, SnapshotError, StoreError
 from serve_app.records import FORMAT_VERSION, Record, RecordMeta, TrackMeta
+from serve_app.records.distinct import repeating_rows
 
 FORMAT = "r3serve-snapshot-2"
 FORMAT_BEFORE = "r3serve-snapshot-1"
@@ -160,6 +162,11 @@ def read_page(file: Path, app: str) -> SavedPage:
             record.meta.verify(record.ids, dict(record.tracks))
     except (SafetensorError, RecordError, OSError, KeyError, TypeError, ValueError) as error:
         raise SnapshotError(f"{file.name}: {error}") from None
+    if metadata["format"] == FORMAT_BEFORE:
+        records = [_looked_at(record) for record in records]
+        entries = [
+            replace(entry, meta=record.meta) for entry, record in zip(entries, records, strict=True)
+        ]
     return SavedPage(bytes.fromhex(metadata["secret"]), entries, records)
 
 
@@ -204,6 +211,16 @@ def _record(saved: Any, number: int, meta: RecordMeta) -> Record:
         for track in meta.tracks
     }
     return Record(meta, saved.get_tensor(str(number)), tracks)
+
+
+def _looked_at(record: Record) -> Record:
+    """Mark the rows that nobody routed: who saved them did not look."""
+    if record.meta.raw:
+        return record
+    unrouted = repeating_rows(record.ids, record.moe_layers) & record.valid
+    invalid = tuple(np.flatnonzero(unrouted | ~record.valid).tolist())
+    meta = record.meta._replace(invalid=invalid, unrouted=int(unrouted.sum()))
+    return Record(meta, record.ids)
 
 
 def _sync(path: Path) -> None:

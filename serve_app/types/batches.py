@@ -45,6 +45,16 @@ class ModelShape:
     num_experts: int
     moe_layers: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what no model is like."""
+        moe = self.moe
+        fits = self.layers >= 1 and 1 <= self.top_k <= self.num_experts and len(moe) > 0
+        if not fits or list(moe) != sorted(set(moe)) or moe[0] < 0 or moe[-1] >= self.layers:
+            raise ValueError(
+                "expected layers >= 1, top_k up to num_experts and ascending moe_layers below"
+                f" layers, got {self}"
+            )
+
     @property
     def moe(self) -> tuple[int, ...]:
         """Global indices of the MoE layers."""

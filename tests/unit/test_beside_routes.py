@@ -112,6 +112,14 @@ def test_a_batch_of_nothing_has_the_models_shape() -> None:
         materialize(kept, gone, BatchSpec(model=model))
 
 
+@pytest.mark.parametrize(
+    "odd", [(0, 2, 16, None), (3, 17, 16, None), (3, 2, 16, (0, 7)), (3, 2, 16, ())]
+)
+def test_a_shape_that_no_model_has_is_refused(odd: Any) -> None:
+    with pytest.raises(ValueError, match="top_k up to num_experts and ascending moe_layers"):
+        ModelShape(*odd)
+
+
 def test_records_of_another_model_than_expected_are_refused() -> None:
     kept = store()
     key = put(kept, 4)

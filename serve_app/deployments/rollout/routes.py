@@ -5,7 +5,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from serve_app.continuing import compare, covered, same_by_hash, up_to
+from serve_app.continuing import (
+    captured,
+    compare,
+    covered,
+    end_of,
+    same_by_hash,
+    up_to,
+)
 from serve_app.engines.base import ModelInfo
 from serve_app.errors import PrefixMismatch, RecordError
 from serve_app.records import Ids, Record, RecordMeta, new_part_of
@@ -62,18 +69,21 @@ class RouteKeys:
         for meta in chain:
             _check_model(meta, info, key)
         if same_by_hash(chain, tokens):
-            return Earlier(key, covered(chain))
-        found = await asyncio.to_thread(compare, store, key, chain, tokens)
-        if on_divergence == "raise":
-            found.check_same(what)
-            found.check_known(what)
-            if found.covered > len(tokens):
-                raise PrefixMismatch(
-                    f"{what}: expected at least {found.covered} tokens, got {len(tokens)}"
-                )
-            return Earlier(key, found.covered)
-        rows = min(found.common, len(tokens))
-        return Earlier(key, rows, is_cut=rows < found.covered) if rows else None
+            rows, end = covered(chain), end_of(chain)
+        else:
+            found = await asyncio.to_thread(compare, store, key, chain, tokens)
+            rows, end = found.covered, found.end
+            if on_divergence == "prefix":
+                rows = min(found.common, len(tokens))
+            else:
+                found.check_same(what)
+                found.check_known(what)
+                if end > len(tokens):
+                    raise PrefixMismatch(
+                        f"{what}: expected at least {end} tokens, got {len(tokens)}"
+                    )
+        rows = captured(chain, rows)  # this engine processes the rest anew
+        return Earlier(key, rows, is_cut=rows < end) if rows else None
 
     async def put(
         self,
@@ -166,9 +176,13 @@ class RouteKeys:
         if not isinstance(segments, list):
             raise type(segments)(f"continue_from {shorten(earlier.key)}: {segments}")
         keys: list[str] = []
-        for segment in await asyncio.to_thread(up_to, segments, earlier.cut):
-            parent = keys[-1] if keys else None
-            keys.append(await store.aput(segment, lease_s=lease_s, parent=parent))
+        try:
+            for segment in await asyncio.to_thread(up_to, segments, earlier.cut):
+                parent = keys[-1] if keys else None
+                keys.append(await store.aput(segment, lease_s=lease_s, parent=parent))
+        except BaseException:
+            await asyncio.to_thread(store.release, keys)
+            raise
         return keys
 
     async def _found(self) -> RecordStore:

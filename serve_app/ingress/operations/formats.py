@@ -87,6 +87,8 @@ def encode_batch(batch: PackedExperts, kind: str) -> Encoded:
         "missing": json.dumps(missing),
     }
     tensors = {"ids": batch.ids, "valid": batch.valid, "cu_seqlens": batch.cu_seqlens}
+    if batch.tokens is not None:
+        tensors["tokens"] = batch.tokens
     return Encoded(kind, _tensors(tensors, meta))
 
 

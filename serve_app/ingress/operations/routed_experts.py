@@ -29,6 +29,7 @@ from serve_app.records import Record, RecordMeta, part_of
 from serve_app.store.base import RecordStore
 from serve_app.types import (
     BatchSpec,
+    BatchTrack,
     ContextParallel,
     OnMissing,
     OutputDtype,
@@ -68,7 +69,7 @@ class FetchBody(BaseModel):
 class SequenceBody(BaseModel):
     """See `RoutedSequence`."""
 
-    key: Key
+    key: Key | None
     length: Count
     first: Position = 0
 
@@ -103,11 +104,18 @@ class MaterializeBody(BaseModel):
     on_missing: OnMissing = "raise"
     pad: Pad = "mask"
     pad_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    tracks: Annotated[list[BatchTrack], Field(max_length=1)] = []
 
     def spec(self) -> BatchSpec:
         """Return what the batch is to look like."""
         return BatchSpec(
-            self.dtype, self.on_missing, self.layout, self.rank.slice(), self.pad, self.pad_seed
+            dtype=self.dtype,
+            on_missing=self.on_missing,
+            layout=self.layout,
+            rank=self.rank.slice(),
+            pad=self.pad,
+            pad_seed=self.pad_seed,
+            tracks=tuple(self.tracks),
         )
 
 

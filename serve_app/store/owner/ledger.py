@@ -156,14 +156,17 @@ class Ledger(Generic[P]):
     def older(self, version: int, first: int) -> tuple[list[int], int | None]:
         """Return live records of weights before ``version`` from number ``first`` on.
 
-        Looks at a bounded stretch, as `held` does, and says where to go on.
+        Not those whose weights nobody knows. Looks at a bounded stretch, as `held` does, and says
+        where to go on.
         """
+        first = max(first, next(iter(self._entries), self._next))
         stop = min(first + _LOOK_AT, self._next)
         found = [
             seq
             for seq in range(first, stop)
             if (entry := self._entries.get(seq)) is not None
             and entry.meta.weight_version < version
+            and entry.meta.raw is None
             and self.is_live(seq)
         ]
         return found, stop if stop < self._next else None

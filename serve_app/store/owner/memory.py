@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull, without_frames
-from serve_app.records import Ids, Record, RecordMeta, Tracks
+from serve_app.records import Ids, Record, RecordMeta, Tracks, as_read
 from serve_app.store.base import Meanwhile, Segments, TrackPart, Unreadable
 from serve_app.store.keys import Key, verify
 from serve_app.store.owner.ledger import Ledger
@@ -68,6 +68,7 @@ class MemoryStore:
         parent_rows: int | None = None,
     ) -> str:
         """See `RecordStore`."""
+        record = as_read(record)
         need = record.meta.nbytes
         with self._changed:
             self._sweep()

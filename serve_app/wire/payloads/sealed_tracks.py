@@ -1,5 +1,6 @@
 """Tracks in a stranger's bytes: their headers, and that the values are what those promise."""
 
+import math
 import re
 from typing import Any
 
@@ -55,4 +56,6 @@ def _track(item: Any, rows: int) -> TrackMeta:
     sizes = tuple(read_int(size, "each size of a track's shape", 0, _MOST) for size in shape)
     values = fields["values"]
     count = None if values is None else read_int(values, "values", 0, _MOST)
+    if math.prod(max(size, 1) for size in (*sizes, count or rows)) > _MOST:
+        raise refusal(f"a track of at most {_MOST} values", [*sizes, count or rows])
     return TrackMeta(name, dtype, sizes, count, read_seal(fields["checksum"]))

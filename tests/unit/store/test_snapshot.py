@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from serve_app.errors import SnapshotError
-from serve_app.records import Record, make_record
+from serve_app.records import Record, checksum, make_record
 from serve_app.store.snapshot import Entry, SnapshotWriter, read_page, snapshot_files
 from tests.distinct_ids import distinct_ids
 
@@ -93,7 +93,10 @@ def test_altered_bytes_headers_and_applications_are_refused(tmp_path: Path) -> N
 
 def test_a_snapshot_of_the_format_before_reads_without_its_token_hashes(tmp_path: Path) -> None:
     """As it was written before records had tracks."""
-    record = part(3)
+    whole = part(3)
+    ids = whole.ids.copy()
+    ids[2] = 0  # which nobody looked at then
+    record = Record(whole.meta._replace(checksum=checksum(ids)), ids)
     header = {
         "rows": 4,
         "layers": 3,
@@ -120,6 +123,10 @@ def test_a_snapshot_of_the_format_before_reads_without_its_token_hashes(tmp_path
     file = tmp_path / "part-00000.safetensors"
     save_file({"0": record.ids}, file, metadata)
     page = read_page(file, "unit")
-    assert page.entries == [Entry("k", None, "t", 60.0, True, record.meta._replace(tracks=()))]
+    assert page.entries == [
+        Entry(
+            "k", None, "t", 60.0, True, record.meta._replace(tracks=(), invalid=(1, 2), unrouted=1)
+        )
+    ]
     np.testing.assert_array_equal(page.records[0].ids, record.ids)
     assert page.records[0].tokens is None

@@ -152,6 +152,7 @@ def test_the_version_before_is_read_without_its_hash() -> None:
         (track_with(dtype="|O"), "a track's dtype as one of"),
         (track_with(shape=[2**41]), "each size of a track's shape"),
         (track_with(shape=[1, 1, 1, 1]), "a track's shape as a list of fewer than 4"),
+        (track_with(shape=[2**40, 2**40, 0]), "a track of at most"),
         (track_with(shape=[2]), r"expected \d+ bytes of a record"),
         (track_with(values=2**40), r"expected \d+ bytes of a record"),
         (track_with(values=-1), "values as an integer"),
