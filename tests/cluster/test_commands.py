@@ -65,7 +65,7 @@ def test_status_cuts_no_name_short_whatever_the_terminals_width(
     for field in dataclasses.fields(ShardStats):
         assert field.name in said
     assert f"{record(LARGE).meta.nbytes:,}" in said
-    assert ("live_keys │ live_bytes" in said) == (columns == 200)
+    assert ("live_keys ┃ live_bytes" in said) == (columns == 200)  # one table, or one a shard
 
 
 def test_what_is_asked_of_which_cluster_is_said(make_store: MakeStore) -> None:
