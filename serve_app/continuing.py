@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from serve_app.errors import PrefixMismatch, RecordError
 from serve_app.records import (
+    ALL_TRACKS,
     TOKENS,
     UNKNOWN,
     Record,
@@ -195,8 +196,7 @@ def put_continued(
     if store.is_local(parent):
         key = store.put(new, tag=tag, lease_s=lease_s, parent=parent, parent_rows=cut)
         return Continued(key, rows)
-    tracks = {track.name: None for meta in chain for track in meta.tracks}
-    (segments,) = store.fetch([parent], tracks=list(tracks))
+    (segments,) = store.fetch([parent], tracks=ALL_TRACKS)
     if not isinstance(segments, list):
         raise type(segments)(f"{what}: {segments}")
     copies: list[str] = []

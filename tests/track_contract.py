@@ -5,7 +5,7 @@ import pytest
 
 from serve_app.continuing import put_continued
 from serve_app.errors import PrefixMismatch, StoreFull
-from serve_app.records import Record, Track, make_record
+from serve_app.records import ALL_TRACKS, Record, Track, make_record
 from serve_app.store.base import RecordStore
 from tests.distinct_ids import distinct_ids
 from tests.store_contract import LARGE, SMALL, MakeStore, read
@@ -51,6 +51,10 @@ class TrackContract:
             for name, track in found[0].tracks.items():
                 np.testing.assert_array_equal(track.values, put.tracks[name].values)
                 assert track.values.dtype == put.tracks[name].values.dtype
+            (whole,) = store.fetch([key], tracks=ALL_TRACKS)
+            assert isinstance(whole, list)
+            assert set(whole[0].tracks) == {"tokens", "score", "indexer"}
+            whole[0].meta.verify(whole[0].ids, dict(whole[0].tracks))
             parts = store.fetch_track(key, "score")
             assert isinstance(parts, list)
             ((meta, score),) = parts

@@ -15,7 +15,7 @@ from serve_app.client.remote import Decoders
 from serve_app.client.served import ServedGraph, wait_answer
 from serve_app.errors import EngineUnavailable, ModelUnknown
 from serve_app.materialize import materialize
-from serve_app.records import Record
+from serve_app.records import ALL_TRACKS, Record
 from serve_app.store.access.client import ShardStore
 from serve_app.store.keys import parse, shorten
 from serve_app.store.owner.directory import this_node
@@ -45,15 +45,10 @@ class Reader:
 
     def get(self, key: str) -> Record:
         """Return a key's whole sequence as one record, with all of its tracks."""
-        (found,) = self._graph.store.fetch([key], tracks=self._tracks_of(key))
+        (found,) = self._graph.store.fetch([key], tracks=ALL_TRACKS)
         if not isinstance(found, list):
             raise type(found)(f"key {shorten(key)}: {found}")
         return found[0] if len(found) == 1 else joined(found)
-
-    def _tracks_of(self, key: str) -> Sequence[str]:
-        (chain,) = self._graph.store.describe([key])
-        metas = chain if isinstance(chain, list) else []  # the read says why
-        return list({track.name: None for meta in metas for track in meta.tracks})
 
     def decode(self, payload: Payload, expected: Expected, allow_pickle: bool) -> Record:
         """See `serve_app.client.RoutedExpertsClient.decode`."""

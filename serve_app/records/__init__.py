@@ -16,6 +16,7 @@ from serve_app.records.meta import FORMAT_VERSION, RecordMeta
 from serve_app.records.parts import as_read, new_part_of, part_of
 from serve_app.records.record import Record, Repeats, make_record, raw_record
 from serve_app.records.tracks import (
+    ALL_TRACKS,
     ROUTES,
     TOKENS,
     UNKNOWN,
@@ -26,6 +27,7 @@ from serve_app.records.tracks import (
 )
 
 __all__ = [
+    "ALL_TRACKS",
     "FORMAT_VERSION",
     "MAX_EXPERTS",
     "ROUTES",

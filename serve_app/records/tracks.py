@@ -21,6 +21,8 @@ ROUTES = "routes"
 TOKENS = "tokens"
 """``int32 [rows]``: the token that each row was routed for, `UNKNOWN` where nobody said."""
 UNKNOWN = -1
+ALL_TRACKS = ("*",)
+"""Asked for instead of names: whatever tracks a record has."""
 
 MAX_TRACKS = 16
 MAX_DIMENSIONS = 4

@@ -58,7 +58,8 @@ class RecordStore(Protocol):
     ) -> list[Segments | Unreadable]:
         """Return each key's segments, or why it has none. Reading renews and never destroys.
 
-        Records come with those of the ``tracks`` that they have; the others do not move.
+        Records come with those of the ``tracks`` that they have (`ALL_TRACKS`: with all of theirs);
+        the others do not move.
         ``meanwhile`` is run once at most; what it raises ends the read.
         """
         ...

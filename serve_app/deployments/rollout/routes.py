@@ -15,7 +15,7 @@ from serve_app.continuing import (
 )
 from serve_app.engines.base import ModelInfo
 from serve_app.errors import PrefixMismatch, RecordError
-from serve_app.records import Ids, Record, RecordMeta, new_part_of
+from serve_app.records import ALL_TRACKS, Ids, Record, RecordMeta, new_part_of
 from serve_app.store.base import RecordStore
 from serve_app.store.keys import shorten
 from serve_app.types import GenerateRequest, OnDivergence
@@ -169,10 +169,7 @@ class RouteKeys:
     async def _copied(self, earlier: Earlier, lease_s: float | None) -> list[str]:
         """Copy a chain to this node, each part with its own version; return the copies' keys."""
         store = await self._found()
-        chain = await store.adescribe(earlier.key)
-        metas = chain if isinstance(chain, list) else []
-        tracks = list({track.name: None for meta in metas for track in meta.tracks})
-        (segments,) = await asyncio.to_thread(store.fetch, [earlier.key], None, tracks)
+        (segments,) = await asyncio.to_thread(store.fetch, [earlier.key], None, ALL_TRACKS)
         if not isinstance(segments, list):
             raise type(segments)(f"continue_from {shorten(earlier.key)}: {segments}")
         keys: list[str] = []

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayError
 
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreUnavailable
-from serve_app.records import ROUTES, Record, RecordMeta, Track, Tracks
+from serve_app.records import ALL_TRACKS, ROUTES, Record, RecordMeta, Track, Tracks
 from serve_app.store.access.calls import ShardCalls, line
 from serve_app.store.access.routing import KeyRouter
 from serve_app.store.base import Meanwhile, Segments, TrackPart, Unreadable
@@ -236,14 +236,15 @@ class _Bytes(NamedTuple):
 def _segments(found: Found, of: _Bytes, columns: Sequence[str]) -> Segments | Unreadable:
     """Join headers and bytes; ``columns`` begin with the routes."""
     segments: Segments = []
-    small, names = of.small, columns[1:]
+    small, names = of.small, tuple(columns[1:])
     try:
         for meta, places, rows in found:
             place = places[0]
             assert place is not None
             ids = ids_of(meta, small, place[1]) if place[0] == SMALL else of.at(place)
             if names:
-                record = Record(meta, ids, _tracks(meta, names, places[1:], of))
+                own = [track.name for track in meta.tracks] if names == ALL_TRACKS else names
+                record = Record(meta, ids, _tracks(meta, own, places[1:], of))
             else:
                 record = Record(meta, ids, _NO_TRACKS)
             segments.append(record if rows == meta.rows else record.first(rows))

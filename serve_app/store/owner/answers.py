@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import KeyUnreadable
-from serve_app.records import ROUTES, Ids, RecordMeta, TrackMeta
+from serve_app.records import ALL_TRACKS, ROUTES, Ids, RecordMeta, TrackMeta
 from serve_app.store.owner.holdings import Column, Payload
 from serve_app.store.owner.ledger import Link
 
@@ -90,6 +90,7 @@ class Collected:
     def __init__(self, columns: Sequence[str] = _ROUTES_ALONE) -> None:
         self._columns = tuple(columns)
         self._routes_alone = self._columns == _ROUTES_ALONE
+        self._all = self._columns == (ROUTES, *ALL_TRACKS)
         self._chains: list[list[_Packed] | KeyUnreadable] = []
         self._small: list[bytes] = []
         self._small_bytes = 0
@@ -110,11 +111,14 @@ class Collected:
 
     def _packed(self, link: Link[Payload]) -> _Packed:
         meta, payload, rows = link
-        names = (ROUTES, *(track.name for track in meta.tracks))
-        by_name = dict(zip(names, payload, strict=True))
-        places = tuple(
-            self._place(by_name[name]) if name in by_name else None for name in self._columns
-        )
+        if self._all:
+            places: Places = tuple([self._place(column) for column in payload])
+        else:
+            names = (ROUTES, *(track.name for track in meta.tracks))
+            by_name = dict(zip(names, payload, strict=True))
+            places = tuple(
+                self._place(by_name[name]) if name in by_name else None for name in self._columns
+            )
         return meta[:_HEADER], tuple(map(tuple, meta.tracks)), places, rows
 
     def miss(self, why: KeyUnreadable) -> None:

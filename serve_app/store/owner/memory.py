@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from serve_app.config import StoreArgs
 from serve_app.errors import KeyUnreadable, RoutesLost, StoreFull, without_frames
-from serve_app.records import Ids, Record, RecordMeta, Tracks, as_read
+from serve_app.records import ALL_TRACKS, Ids, Record, RecordMeta, Tracks, as_read
 from serve_app.store.base import Meanwhile, Segments, TrackPart, Unreadable
 from serve_app.store.keys import Key, verify
 from serve_app.store.owner.ledger import Ledger
@@ -33,7 +33,8 @@ class _Kept:
         return self.ids.nbytes + sum(buffer.nbytes for buffer in self.buffers.values())
 
     def chosen(self, meta: RecordMeta, names: Sequence[str]) -> Tracks:
-        wanted = [track for track in meta.tracks if track.name in names]
+        everything = tuple(names) == ALL_TRACKS
+        wanted = [track for track in meta.tracks if everything or track.name in names]
         return {each.name: each.over(self.buffers[each.name], meta.rows) for each in wanted}
 
 
