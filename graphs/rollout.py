@@ -22,7 +22,7 @@ def build(args: RolloutArgs) -> Application:
     check_gpus(args.engine)
     store = serve.deployment(name=STORE, **args.store.serve.deployment())(ExpertStore)
     engine = serve.deployment(
-        name=ENGINE, request_router_config=by_session(args.engine), **args.engine.serve.deployment()
+        name=ENGINE, request_router_config=by_session(args.engine), **args.engine.deployment()
     )(InferenceEngine)
     decoder = serve.deployment(
         name=DECODER,

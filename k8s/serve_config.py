@@ -38,6 +38,8 @@ _TWICE: Changes = {
 SOURCES: dict[str, tuple[str, Changes]] = {
     "cpu-demo": ("rollout.yaml", _CLUSTER),
     "gpu": ("lmdeploy.yaml", _CLUSTER | _KEYS | _GPU),
+    "gpu-tp": ("lmdeploy_tp.yaml", _CLUSTER | _KEYS | _GPU),
+    "gpu-ep": ("lmdeploy_ep.yaml", _CLUSTER | _KEYS | _GPU),
     "gpu-ha": ("lmdeploy.yaml", _CLUSTER | _KEYS | _GPU | _TWICE),
 }
 

@@ -10,14 +10,18 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     IPvAnyNetwork,
     SecretStr,
     ValidationInfo,
     model_validator,
 )
+
+from serve_app.group_shape import GroupShape, group_shape, sizes_given
+from serve_app.serve_options import Args, ServeOptions
+
+HEALTH_CHECK_S = 2.0
+"""Serve replaces an engine after three checks that fail; its own period is 10 s."""
 
 MODELS_ELSEWHERE = {"models_elsewhere": True}
 """Validation context for a file whose model lies on another machine."""
@@ -35,87 +39,16 @@ def _checkpoint(model: str, info: ValidationInfo) -> str:
     return str(path.resolve())
 
 
-class _Args(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ServeOptions(_Args):
-    """How Serve runs one deployment: replicas, autoscaling on ongoing requests, resources.
-
-    ``placement_group_bundles`` reserves resources for each replica (in the first bundle, which
-    holds its ``num_cpus``) and for the workers that its engine starts, all on one node.
-    """
-
-    min_replicas: Annotated[int, Field(ge=0)] = 1
-    max_replicas: Annotated[int, Field(ge=1)] = 1
-    max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
-    max_ongoing_requests: Annotated[int, Field(ge=1)] = 64
-    max_queued_requests: Annotated[int, Field(ge=-1)] = -1
-    upscale_delay_s: Annotated[float, Field(ge=0)] = 10
-    downscale_delay_s: Annotated[float, Field(ge=0)] = 300
-    num_cpus: Annotated[float, Field(ge=0)] = 0.25
-    num_gpus: Annotated[float, Field(ge=0)] = 0
-    placement_group_bundles: tuple[dict[str, Annotated[float, Field(gt=0)]], ...] = ()
-    graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20
-
-    @model_validator(mode="after")
-    def _fits_first_bundle(self) -> Self:
-        first = self.placement_group_bundles[:1]
-        if first and (self.num_gpus or first[0].get("CPU", 0) < self.num_cpus):
-            raise ValueError(
-                f"the first of placement_group_bundles is the replica's own: expected num_gpus 0"
-                f" and at least CPU {self.num_cpus:g} in it, got num_gpus {self.num_gpus:g} and"
-                f" {first[0]}"
-            )
-        return self
-
-    @property
-    def gpus_per_replica(self) -> float:
-        """GPUs that a replica and its workers take."""
-        return self.num_gpus + sum(each.get("GPU", 0) for each in self.placement_group_bundles)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
-            )
-        return self
-
-    def deployment(self) -> dict[str, Any]:
-        """Return the keyword arguments that `serve.deployment` takes."""
-        options: dict[str, Any] = {
-            "max_ongoing_requests": self.max_ongoing_requests,
-            "max_queued_requests": self.max_queued_requests,
-            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
-        }
-        if self.max_replicas_per_node is not None:
-            options["max_replicas_per_node"] = self.max_replicas_per_node
-        if self.placement_group_bundles:
-            bundles = [dict(each) for each in self.placement_group_bundles]
-            options["placement_group_bundles"] = bundles
-            options["placement_group_strategy"] = "STRICT_PACK"
-        if self.min_replicas == self.max_replicas:
-            return {"num_replicas": self.max_replicas, **options}
-        scaling = {
-            "min_replicas": self.min_replicas,
-            "max_replicas": self.max_replicas,
-            "target_ongoing_requests": self.target_ongoing_requests,
-            "upscale_delay_s": self.upscale_delay_s,
-            "downscale_delay_s": self.downscale_delay_s,
-        }
-        return {"autoscaling_config": scaling, **options}
-
-
-class EngineArgs(_Args):
+class EngineArgs(Args):
     """The inference engine.
 
     ``enable_return_routed_experts``: record the experts of every token of requests that ask.
     ``enable_transfer_obj_ref``: answer with a key instead of the array. Independent switches;
     the second without the first is refused. ``context_length=None`` takes the model's own.
-    ``engine_kwargs`` goes to the backend's own constructor, checked there by name.
+    ``engine_kwargs`` goes to the backend's own constructor, checked there by name; its ``tp``,
+    ``dp`` and ``ep`` make each replica a group of GPUs, see `GroupShape`. What sizes an engine
+    (``max_batch_size``, ``max_waiting``, ``num_gpu_blocks`` and others in ``engine_kwargs``) is
+    for each of a group's ``dp`` ranks; ``serve`` counts groups.
     """
 
     backend: Literal["transformers", "lmdeploy"] = "transformers"
@@ -138,12 +71,68 @@ class EngineArgs(_Args):
             )
         return self
 
+    @model_validator(mode="after")
+    def _group_has_its_places(self) -> Self:
+        group, serve = self.group, self.serve
+        if group.alone:
+            if serve.placement_group_strategy and not serve.placement_group_bundles:
+                raise ValueError(
+                    f"serve.placement_group_strategy {serve.placement_group_strategy} places the"
+                    f" GPUs of a group, but this engine has one process: set engine_kwargs tp, or"
+                    f" dp and ep, or no strategy"
+                )
+            return self
+        sizes = sizes_given(self.engine_kwargs)
+        if serve.num_gpus:
+            raise ValueError(
+                f"expected serve.num_gpus 0, got {serve.num_gpus:g}: with {sizes} the replica's own"
+                f" process takes no GPU, its {group.gpus} workers take one each"
+            )
+        if serve.max_replicas_per_node is not None:
+            raise ValueError(
+                f"serve.max_replicas_per_node {serve.max_replicas_per_node} cannot be kept with"
+                f" {sizes}: Serve places a group by its GPUs alone; leave it out"
+            )
+        gpus = [bundle.get("GPU", 0) for bundle in self.placed.bundles]
+        if gpus[0] or sorted(filter(None, gpus)) != [1.0] * group.gpus:
+            raise ValueError(
+                f"{sizes} takes {group.gpus} GPUs: expected serve.placement_group_bundles to be the"
+                f" driver's without a GPU, then {group.gpus} with GPU 1, got"
+                f" {len(list(filter(None, gpus)))} with GPUs:"
+                f" {list(serve.placement_group_bundles)}; left out, they are worked out"
+            )
+        return self
+
+    @property
+    def group(self) -> GroupShape:
+        """The GPUs that step together as one replica."""
+        if self.backend == "lmdeploy":
+            return group_shape(self.engine_kwargs)
+        return GroupShape()
+
+    @property
+    def placed(self) -> ServeOptions:
+        """The Serve options, with the bundles that a group needs where none are given."""
+        if self.group.alone or self.serve.placement_group_bundles:
+            return self.serve
+        bundles = tuple(self.group.bundles(self.serve.num_cpus))
+        return self.serve.model_copy(update={"placement_group_bundles": bundles})
+
+    @property
+    def gpus_per_replica(self) -> float:
+        """GPUs that a replica and its workers take."""
+        return self.placed.gpus_per_replica
+
+    def deployment(self) -> dict[str, Any]:
+        """Return the keyword arguments that `serve.deployment` takes for the engine."""
+        return {"health_check_period_s": HEALTH_CHECK_S, **self.placed.deployment()}
+
 
 CompatNamespace = Literal["lmdeploy", "sglang"]
 """Where an upstream engine looks for its ``shared_store``."""
 
 
-class StoreArgs(_Args):
+class StoreArgs(Args):
     """The expert store. ``byte_budget`` is per shard; None takes half its node's object store.
 
     ``backend="memory"`` keeps records in the calling process, for Serve's local testing mode.
@@ -172,7 +161,7 @@ class StoreArgs(_Args):
         return self
 
 
-class DecoderArgs(_Args):
+class DecoderArgs(Args):
     """The decoder: turns keys into tensors next to the data.
 
     A call goes to a replica on the node that holds its bytes; while those that there are have no
@@ -187,7 +176,7 @@ class DecoderArgs(_Args):
     )
 
 
-class IngressArgs(_Args):
+class IngressArgs(Args):
     """The HTTP edge.
 
     Without ``api_keys`` everybody may sample, without ``admin_keys`` too everybody may do the
@@ -240,7 +229,7 @@ class IngressArgs(_Args):
         return self
 
 
-class ProxyArgs(_Args):
+class ProxyArgs(Args):
     """What `serve_app.ingress.proxy` lets Serve's own HTTP proxy bear with, on every node.
 
     ``stall_s`` is how long a client may read nothing before its request is aborted. A field is
@@ -253,7 +242,7 @@ class ProxyArgs(_Args):
     stall_s: Annotated[float, Field(gt=0)] = 60.0
 
 
-class RolloutArgs(_Args):
+class RolloutArgs(Args):
     """What `graphs.rollout:build` takes."""
 
     engine: EngineArgs
@@ -262,7 +251,7 @@ class RolloutArgs(_Args):
     ingress: IngressArgs = IngressArgs()
 
 
-class StoreGraphArgs(_Args):
+class StoreGraphArgs(Args):
     """What `graphs.store:build` takes."""
 
     store: StoreArgs = StoreArgs()

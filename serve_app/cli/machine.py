@@ -30,8 +30,7 @@ _VERSIONS = {
     "numpy": ">=2.0",
     "pydantic": ">=2.10",
 }
-# LMDeploy's Ray executor calls ray.internal.free, which 2.59 removed.
-_WITH_LMDEPLOY = {"ray": "==2.58.1", "torch": "<=2.12.1"}
+_WITH_LMDEPLOY = {"torch": "<=2.12.1"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ from rich.table import Table
 from yaml import YAMLError
 
 from serve_app.cli.attaching import sorry
+from serve_app.cli.groups import engines, group_text
 from serve_app.cli.serve_config import ServedApplication, check_serve_config, serve_config_text
-from serve_app.config import ServeOptions
+from serve_app.config import EngineArgs
+from serve_app.serve_options import ServeOptions
 
 
 def validate(
@@ -28,6 +30,12 @@ def validate(
         raise sorry("\n".join(f"{config}: {problem}" for problem in checked.problems))
     for application in checked.applications:
         Console().print(_table(application))
+        for args in engines(application):
+            if not args.group.alone:
+                Console().print(
+                    f"engine: {group_text(args)}; min_replicas and max_replicas count such groups",
+                    highlight=False,
+                )
 
 
 def _table(application: ServedApplication) -> Table:
@@ -35,13 +43,11 @@ def _table(application: ServedApplication) -> Table:
     table = Table("deployment", "replicas", "CPUs", "GPUs", title=application.name)
     cpus = gpus = 0.0
     for name, part in application.args or ():
-        options = getattr(part, "serve", None)
+        options = part.placed if isinstance(part, EngineArgs) else getattr(part, "serve", None)
         if not isinstance(options, ServeOptions):
             continue
         most = options.max_replicas
-        bundles = options.placement_group_bundles
-        cpu = sum(each.get("CPU", 0) for each in bundles) if bundles else options.num_cpus
-        gpu = options.gpus_per_replica
+        cpu, gpu = options.cpus_per_replica, options.gpus_per_replica
         cpus, gpus = cpus + most * cpu, gpus + most * gpu
         replicas = f"{options.min_replicas}-{most}" if options.min_replicas < most else f"{most}"
         table.add_row(name, replicas, f"{cpu:g}", f"{gpu:g}")

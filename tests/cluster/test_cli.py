@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import requests
 import yaml
 
 from tests.cluster.conftest import ROLLOUT_YAML, ROOT
+from tests.ports import free_ports
 
 BIN = Path(sys.executable).parent
 MODEL = "checkpoints/tiny-qwen3-moe"
@@ -33,16 +33,6 @@ if len(sys.argv) == 2:
 else:
     print(client.get(sys.argv[2]).ids.shape)
 """
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def output(command: Sequence[str], cwd: Path) -> str:

@@ -24,7 +24,7 @@ def overlay_folders(k8s: Path) -> list[Path]:
 
 
 def manifest_problems(manifests: list[Manifest]) -> Iterator[str]:
-    """Yield what is wrong with one overlay's manifests; rules only where the schemas agree."""
+    """Yield what is wrong with one overlay's manifests; rules only where the rest is right."""
     found = False
     for manifest in manifests:
         name = f"{manifest.get('kind')} {manifest.get('metadata', {}).get('name')}"
@@ -33,12 +33,13 @@ def manifest_problems(manifests: list[Manifest]) -> Iterator[str]:
             yield f"{name}: {problem}"
     if found:
         return
+    config = ray_service(manifests)["spec"].get("serveConfigV2", "")
+    if problems := check_serve_config(config, models_elsewhere=True).problems:
+        yield from (f"serveConfigV2: {problem}" for problem in problems)
+        return
     for rule in RULES:
         for problem in rule(manifests):
             yield f"{rule.__name__}: {problem}"
-    config = ray_service(manifests)["spec"].get("serveConfigV2", "")
-    for problem in check_serve_config(config, models_elsewhere=True).problems:
-        yield f"serveConfigV2: {problem}"
 
 
 def tree_problems(k8s: Path) -> Iterator[str]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from serve_app.config import MODELS_ELSEWHERE, EngineArgs, RolloutArgs
+from serve_app.deployments.nodes import Node
 from tests.k8s.kustomize import Manifest
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +40,32 @@ def served(manifests: list[Manifest]) -> dict[str, Any]:
     config = yaml.safe_load(ray_service(manifests)["spec"]["serveConfigV2"])
     args: dict[str, Any] = config["applications"][0]["args"]
     return args
+
+
+def engine(manifests: list[Manifest]) -> EngineArgs:
+    """Return the engine's part of them."""
+    return RolloutArgs.model_validate(served(manifests), context=MODELS_ELSEWHERE).engine
+
+
+def worker_nodes(manifests: list[Manifest]) -> list[Node]:
+    """Return the nodes that Ray has when every worker group is at its largest."""
+    return [
+        Node(f"{group['groupName']}-{number}", _ray_resources(group))
+        for group in groups(manifests)[1:]
+        for number in range(group["maxReplicas"])
+    ]
+
+
+def _ray_resources(group: dict[str, Any]) -> dict[str, float]:
+    """Return what KubeRay tells `ray start` that a pod has."""
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return {"CPU": quantity(limits.get("cpu", 0)), "GPU": gpus(group)}
+
+
+def gpus(group: dict[str, Any]) -> float:
+    """Return how many GPUs each of a group's pods has."""
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return quantity(limits.get("nvidia.com/gpu", 0))
 
 
 def pods(manifests: list[Manifest]) -> Iterator[tuple[str, dict[str, Any]]]:

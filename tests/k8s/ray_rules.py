@@ -9,10 +9,21 @@ from pathlib import Path
 
 from ray.scripts.scripts import start
 
+from serve_app.deployments.nodes import replicas_on
 from tests.k8s.kustomize import Manifest
-from tests.k8s.overlay import ROOT, groups, quantity, ray_service, served
+from tests.k8s.overlay import (
+    ROOT,
+    engine,
+    gpus,
+    groups,
+    quantity,
+    ray_service,
+    served,
+    worker_nodes,
+)
 
 _PROCESSES = 2 << 30  # what a pod needs beside its shared memory, at the very least
+_NCCL = 1 << 30  # for each GPU of a pod that has several
 
 
 def upgrades_keep_the_cluster(manifests: list[Manifest]) -> Iterator[str]:
@@ -36,9 +47,14 @@ def ray_is_the_locked_one(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def the_head_does_no_work(manifests: list[Manifest]) -> Iterator[str]:
-    """What everybody depends on shares its pod with no replica."""
-    if groups(manifests)[0]["rayStartParams"].get("num-cpus") != "0":
+    """What everybody depends on shares its pod with no replica, and no engine depends on it."""
+    head = groups(manifests)[0]
+    if head["rayStartParams"].get("num-cpus") != "0":
         yield "head: expected num-cpus '0'"
+    if gpus(head) or head["rayStartParams"].get("num-gpus", "0") != "0":
+        yield "head: expected no GPUs"
+    if any(not bundle.get("CPU") for bundle in engine(manifests).placed.bundles):
+        yield "head: a part of the engine that asks for no CPU may be placed there"
 
 
 def ray_would_start(manifests: list[Manifest]) -> Iterator[str]:
@@ -102,28 +118,44 @@ def memory_adds_up(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def replicas_find_room(manifests: list[Manifest]) -> Iterator[str]:
-    """At its largest the graph fits the groups at their largest."""
-    room = {"num_cpus": 0.0, "num_gpus": 0.0}
-    for group in groups(manifests)[1:]:
-        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        room["num_cpus"] += group["maxReplicas"] * quantity(limits.get("cpu", 0))
-        room["num_gpus"] += group["maxReplicas"] * quantity(limits.get("nvidia.com/gpu", 0))
-    for kind, there in room.items():
-        asked = 0.0
-        for part in served(manifests).values():
-            options = part.get("serve", {}) if isinstance(part, dict) else {}
-            asked += options.get("max_replicas", 1) * options.get(kind, 0)
-        if asked > there:
-            yield f"the graph asks for {asked:g} {kind} at its largest, the groups have {there:g}"
+    """At its largest the graph fits the groups at their largest, each engine where it must be."""
+    nodes, serve = worker_nodes(manifests), engine(manifests).placed
+    found = len(replicas_on(serve, nodes, serve.max_replicas))
+    if found < serve.max_replicas:
+        yield (
+            f"the groups at their largest have room for {found} of {serve.max_replicas} engines of"
+            f" {serve.bundles}"
+        )
+    there = sum(node.resources["CPU"] for node in nodes)
+    asked = serve.max_replicas * serve.cpus_per_replica
+    for name, part in served(manifests).items():
+        options = part.get("serve", {}) if name != "engine" else {}
+        asked += options.get("max_replicas", 1) * options.get("num_cpus", 0)
+    if asked > there:
+        yield f"the graph asks for {asked:g} CPUs at its largest, the groups have {there:g}"
+
+
+def gpus_of_a_pod_share_memory(manifests: list[Manifest]) -> Iterator[str]:
+    """NCCL's buffers between the GPUs of a pod are in /dev/shm, beside the object store."""
+    for group in groups(manifests):
+        if gpus(group) < 2:
+            continue
+        store = int(group["rayStartParams"].get("object-store-memory", 0))
+        volumes = {each["name"]: each for each in group["template"]["spec"]["volumes"]}
+        left = quantity(volumes["shared-memory"]["emptyDir"].get("sizeLimit", 0)) - store
+        if left < gpus(group) * _NCCL:
+            yield (
+                f"{group['groupName']}: /dev/shm has {left:,.0f} beside the object store: expected"
+                f" {_NCCL:,} for each of {gpus(group):g} GPUs"
+            )
 
 
 def pods_wait_for_their_replicas(manifests: list[Manifest]) -> Iterator[str]:
     """A pod that ends before its replicas have finished cuts their rollouts off."""
-    engine = served(manifests).get("engine", {}).get("serve", {})
-    wait = engine.get("graceful_shutdown_timeout_s", 20)
+    serve = engine(manifests).placed
+    wait = serve.graceful_shutdown_timeout_s
     for group in groups(manifests)[1:]:
-        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        if engine.get("num_gpus", 0) and "nvidia.com/gpu" not in limits:
+        if serve.gpus_per_replica and not gpus(group):
             continue  # no engine runs there
         grace = group["template"]["spec"].get("terminationGracePeriodSeconds", 30)
         if grace <= wait:

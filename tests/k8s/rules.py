@@ -17,6 +17,7 @@ RULES: tuple[Callable[[list[Manifest]], Iterator[str]], ...] = (
     pod_rules.what_is_named_exists,
     pod_rules.budgets_can_be_kept,
     ray_rules.replicas_find_room,
+    ray_rules.gpus_of_a_pod_share_memory,
     ray_rules.pods_wait_for_their_replicas,
     ray_rules.nodes_with_records_stay,
     ray_rules.ray_asks_for_a_token,

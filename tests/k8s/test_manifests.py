@@ -111,6 +111,7 @@ BREAKS: list[tuple[str, str, str, Any]] = [
     ("upgrades_keep_the_cluster", "RayService", f"{SPEC}/upgradeStrategy", {"type": "None"}),
     ("ray_is_the_locked_one", "RayService", f"{SPEC}/rayVersion", "2.40.0"),
     ("the_head_does_no_work", "RayService", f"{HEAD}/rayStartParams/num-cpus", "2"),
+    ("the_head_does_no_work", "RayService", f"{HEAD}/rayStartParams/num-gpus", "1"),
     ("ray_would_start", "RayService", f"{CPU}/rayStartParams/object-store-memroy", "1"),
     ("ray_would_start", "RayService", f"{CPU}/{POD}/containers/0/env/-",
      {"name": "RAY_helth_check_period_ms", "value": "1"}),
@@ -135,13 +136,27 @@ BREAKS: list[tuple[str, str, str, Any]] = [
     ("ray_asks_for_a_token", "RayService", f"{SPEC}/authOptions/mode", "disabled"),
     ("pods_are_probed", "RayService", f"{CPU}/{POD}/containers/0/livenessProbe", None),
 ]  # fmt: skip
+LIMITS = f"{GPU}/{POD}/containers/0/resources/limits"
+GROUP_BREAKS: list[tuple[str, str, str, Any]] = [
+    # Fourteen GPUs in the cluster, and no pod for a group of eight.
+    ("replicas_find_room", "RayService", f"{LIMITS}/nvidia.com~1gpu", "7"),
+    ("replicas_find_room", "RayService", f"{LIMITS}/cpu", "8"),
+    ("replicas_find_room", "RayService", f"{GPU}/maxReplicas", 1),
+    ("gpus_of_a_pod_share_memory", "RayService", f"{GPU}/{POD}/volumes/0/emptyDir/sizeLimit",
+     "65Gi"),
+    ("the_head_does_no_work", "RayService",
+     f"{HEAD}/{POD}/containers/0/resources/limits/nvidia.com~1gpu", "1"),
+    ("pods_wait_for_their_replicas", "RayService",
+     f"{GPU}/{POD}/terminationGracePeriodSeconds", 60),
+]  # fmt: skip
+CASES = [("gpu-ha", *case) for case in BREAKS] + [("gpu-ep", *case) for case in GROUP_BREAKS]
 
 
-@pytest.mark.parametrize(("rule", "kind", "path", "value"), BREAKS)
+@pytest.mark.parametrize(("overlay", "rule", "kind", "path", "value"), CASES)
 def test_each_rule_finds_what_a_schema_cannot(
-    rule: str, kind: str, path: str, value: object
+    overlay: str, rule: str, kind: str, path: str, value: object
 ) -> None:
-    manifests = built("gpu-ha")
+    manifests = built(overlay)
     manifest = next(manifest for manifest in manifests if manifest["kind"] == kind)
     change = {"op": "add", "path": path, "value": value}
     if value is None:
@@ -152,4 +167,4 @@ def test_each_rule_finds_what_a_schema_cannot(
 
 
 def test_no_rule_is_left_without_a_case() -> None:
-    assert {rule.__name__ for rule in RULES} == {rule for rule, *_ in BREAKS}
+    assert {rule.__name__ for rule in RULES} == {rule for _, rule, *_ in CASES}
