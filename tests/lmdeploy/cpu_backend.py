@@ -5,8 +5,9 @@
 operators is LMDeploy's own: scheduler, paged cache, prefix cache, chunked prefill, sampling, route
 capture, sessions, aborts. Only the operators that need CUDA are replaced, by plain torch.
 
-What they ignore: MLA, attention sinks and sliding windows, biases of experts, quantization. So
-GLM, Kimi-K2 and gpt-oss do not run here; their arrays are constructed in tests.
+What they ignore: attention sinks and sliding windows, sparse attention, biases of experts,
+quantization. So gpt-oss, DeepSeek-V3.2 and GLM-5 do not run here; their arrays, or what their MoE
+blocks are given, are constructed in tests.
 """
 
 # mypy: ignore-errors
@@ -16,6 +17,8 @@ import contextlib
 import functools
 
 import torch
+
+from tests.lmdeploy import cpu_gated_delta
 
 FACTORIES = (
     *("empty", "zeros", "ones", "full", "tensor", "arange", "randn", "rand", "randint"),
@@ -87,6 +90,7 @@ def _patch_torch():
         setattr(cuda, name, lambda *a, **k: None)
     cuda.current_device, cuda.device_count = lambda: "cpu", lambda: 1
     cuda.mem_get_info, cuda.get_device_name = (lambda *a: (2 << 30, 4 << 30)), (lambda *a: "cpu")
+    cuda.get_device_properties = lambda *a: None
     cuda.get_rng_state, cuda.set_rng_state = (lambda *a: torch.get_rng_state()), (lambda *a: None)
     torch._C._cuda_clearCublasWorkspaces = lambda: None
     for name in FACTORIES:
@@ -100,12 +104,14 @@ def _patch_torch():
 
 
 def _backend():
+    from lmdeploy.pytorch.backends.apply_rotary_emb import ApplyRotaryEmbBuildSpec
     from lmdeploy.pytorch.backends.attention import (
         AttentionImpl,
         AttentionMetadata,
         PagedAttentionBuildSpec,
     )
     from lmdeploy.pytorch.backends.default import DefaultOpsBackend
+    from lmdeploy.pytorch.backends.default.apply_rotary_emb import DefaultApplyRotaryEmbImpl
     from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
     from lmdeploy.pytorch.backends.multinomial_sampling import (
         MultinomialSamplingBuildSpec,
@@ -114,8 +120,12 @@ def _backend():
 
     class PagedAttention(AttentionImpl):
         def forward(self, q, k, v, k_cache, v_cache, attn_metadata, **unused):
-            """q, k, v: [tokens, heads, head_dim]; caches: [blocks, block, kv_heads, head_dim]."""
-            out, start, block_size = torch.empty_like(q), 0, k_cache.shape[1]
+            """q, k, v: [tokens, heads, head_dim]; caches: [blocks, block, kv_heads, head_dim].
+
+            Latent attention, too: one head of keys, whose cache's beginning is the values'.
+            """
+            out = q.new_empty(*q.shape[:-1], v.shape[-1])
+            start, block_size = 0, k_cache.shape[1]
             fresh, total = attn_metadata.q_seqlens.tolist(), attn_metadata.kv_seqlens.tolist()
             lengths = zip(fresh, total, strict=True)
             for seq, (n_q, n_kv) in enumerate(lengths):
@@ -167,6 +177,18 @@ def _backend():
                 place.append(int(where.clamp(max=int(total.argmax()))))
             return indices.gather(1, torch.tensor(place)[:, None]).view(-1)
 
+    class ApplyRotary(DefaultApplyRotaryEmbImpl):
+        def forward(self, query, key, cos, sin, inplace=True, **mode):
+            """Heads may be wider than what is turned of them, which is their beginning."""
+            width = cos.shape[-1]
+            if width >= query.shape[-1] or mode.get("complex_mode"):
+                return super().forward(query, key, cos, sin, inplace, **mode)
+            turned = super().forward(query[..., :width], key[..., :width], cos, sin, False, **mode)
+            rests = (query[..., width:], key[..., width:])
+            return tuple(torch.cat(parts, -1) for parts in zip(turned, rests, strict=True))
+
+    gated_delta = cpu_gated_delta.build_operators()
+
     class CpuBackend(DefaultOpsBackend):
         @staticmethod
         def get_name():
@@ -182,10 +204,14 @@ def _backend():
                     num_kv_heads=spec.num_kv_heads,
                     v_head_size=spec.v_head_dim,
                 )
+            if isinstance(spec, ApplyRotaryEmbBuildSpec):
+                return ApplyRotary()
             if isinstance(spec, FusedMoEBuildSpec):
                 return FusedMoE(spec.renormalize)
             if isinstance(spec, MultinomialSamplingBuildSpec):
                 return MultinomialSampling()
+            if type(spec) in gated_delta:
+                return gated_delta[type(spec)]()
             return super().build_op(spec, enable_deterministic=enable_deterministic)
 
         @staticmethod
@@ -194,12 +220,14 @@ def _backend():
 
         @classmethod
         def update_step_context(cls, step):
+            ends = torch.nn.functional.pad(step.q_seqlens.cumsum(0), (1, 0))
             step.attn_metadata = AttentionMetadata(
                 is_decoding=step.is_decoding,
                 block_offsets=step.block_offsets,
                 q_start_loc=step.q_start_loc,
                 q_seqlens=step.q_seqlens,
                 kv_seqlens=step.kv_seqlens,
+                cu_seqlens_q=ends,
             )
             return step
 
@@ -222,6 +250,7 @@ def _float32_for_float16(update):
         found = update(*args, **kwargs)
         if found.dtype is torch.float16:
             found.dtype = torch.float32
+            found.states_shapes = [(shape, torch.float32) for shape, _ in found.states_shapes]
         return found
 
     return call
@@ -233,6 +262,7 @@ def install():
     _patch_torch()
     import lmdeploy.pytorch.config as config
     import lmdeploy.pytorch.envs as envs
+    import lmdeploy.pytorch.nn.gated_delta as gated_delta
     import lmdeploy.utils as utils
 
     envs.enable_check_env = False
@@ -244,3 +274,4 @@ def install():
 
     backend = _backend()
     selector._get_backend = lambda: backend
+    gated_delta.build_rmsnorm_gated = cpu_gated_delta.GatedRMSNorm

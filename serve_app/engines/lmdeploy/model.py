@@ -1,7 +1,7 @@
 """What a checkpoint promises to LMDeploy 0.18: its layers with experts, its tokenizer, its end.
 
-LMDeploy answers ``routed_experts=None`` for most families without a word, so which ones give
-routes is a table here, and a probe request proves it (`probe`).
+LMDeploy answers ``routed_experts=None`` for most families without a word. Which ones give routes,
+by themselves or by `capture`, is a table here, and a probe request proves it (`probe`).
 """
 
 import json
@@ -32,12 +32,24 @@ def _all_layers(config: Config) -> tuple[int, ...]:
     return tuple(range(config["num_hidden_layers"]))
 
 
+def _dense_first(config: Config) -> tuple[int, ...]:
+    return tuple(range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"]))
+
+
+def _llama4_layers(config: Config) -> tuple[int, ...]:
+    if (layers := config.get("moe_layers")) is not None:
+        return tuple(layers)
+    every = config.get("interleave_moe_layer_step") or 1
+    return tuple(range(every - 1, config["num_hidden_layers"], every))
+
+
 def _deepseek_layers(config: Config) -> tuple[int, ...]:
     first, every = config.get("first_k_dense_replace") or 0, config.get("moe_layer_freq") or 1
     return tuple(n for n in range(first, config["num_hidden_layers"]) if n % every == 0)
 
 
 ROUTED: dict[str, Callable[[Config], tuple[int, ...]]] = {
+    # LMDeploy's own models return them.
     "Qwen3MoeForCausalLM": _qwen_layers,
     "Qwen3VLMoeForConditionalGeneration": _qwen_layers,
     "Qwen3_5MoeForConditionalGeneration": _all_layers,
@@ -45,18 +57,43 @@ ROUTED: dict[str, Callable[[Config], tuple[int, ...]]] = {
     "InternS1_1_ForConditionalGeneration": _qwen_layers,
     "InternS2PreviewForConditionalGeneration": _all_layers,
     "InternS2PreviewForCausalLM": _all_layers,
+    "InternS2MobiusForConditionalGeneration": _all_layers,
+    "InternS2MobiusForCausalLM": _all_layers,
+    "MetaMoeForConditionalGeneration": _all_layers,
     "GptOssForCausalLM": _all_layers,
     "GlmMoeDsaForCausalLM": _deepseek_layers,
     "KimiK25ForConditionalGeneration": _deepseek_layers,
     "Kimi_K25ForConditionalGeneration": _deepseek_layers,
+    # They are captured (`capture`).
+    "DeepseekForCausalLM": _deepseek_layers,
+    "DeepseekV2ForCausalLM": _deepseek_layers,
+    "DeepseekV3ForCausalLM": _deepseek_layers,
+    "DeepseekV32ForCausalLM": _deepseek_layers,
+    "DeepseekV4ForCausalLM": _all_layers,
+    "DeepseekVLV2ForCausalLM": _deepseek_layers,
+    "Glm4MoeForCausalLM": _dense_first,
+    "Glm4MoeLiteForCausalLM": _deepseek_layers,
+    "HYV3ForCausalLM": _dense_first,
+    "Llama4ForConditionalGeneration": _llama4_layers,
+    "MixtralForCausalLM": _all_layers,
+    "PhiMoEForCausalLM": _all_layers,
+    "Qwen2MoeForCausalLM": _qwen_layers,
+    "Qwen3NextForCausalLM": _qwen_layers,
+    "Qwen3OmniMoeForConditionalGeneration": _qwen_layers,
 }
-"""Architectures that LMDeploy 0.18 gives routes for, and which of their layers have experts."""
+"""Architectures that routes are given for, and which of their layers have experts."""
 
-DIES_OF_DENSE_LAYERS = {
-    name for name, layers in ROUTED.items() if layers is _qwen_layers and "Intern" not in name
+AROUND = {
+    "InternS1ForConditionalGeneration",
+    "InternVLChatModel",
+    "InternVLForConditionalGeneration",
 }
-"""Their dense MLP does not take the argument that carries the routes: a `TypeError` ends the
-engine at its first step."""
+"""Models with images around a language model of an architecture of its own."""
+
+UNROUTED = {
+    "SDARMoeForCausalLM": "it denoises blocks of tokens: a token has routes in every pass",
+}
+"""MoE architectures that LMDeploy serves and nobody can give routes for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +109,15 @@ def read_model(args: EngineArgs) -> ServedModel:
     """Read config and tokenizer of ``args.model``; raise ValueError where LMDeploy fails them."""
     path = Path(args.model)
     whole: Config = json.loads((path / "config.json").read_text())
-    family = (whole.get("architectures") or ["?"])[0]
-    config: Config = whole.get("text_config") or whole
-    routed = args.enable_return_routed_experts
-    if routed and family not in ROUTED:
-        raise ValueError(
-            f"LMDeploy 0.18 gives no routed experts for {family}: expected one of"
-            f" {', '.join(sorted(ROUTED))}, or enable_return_routed_experts off"
-        )
+    config = _language_model(whole)
+    family = _architecture(whole) or _architecture(config)
+    layers_of = ROUTED.get(_architecture(config) if family in AROUND else family)
+    if args.enable_return_routed_experts and layers_of is None:
+        raise ValueError(_no_routes(family, _architecture(config)))
     layers = int(config["num_hidden_layers"])
-    moe_layers = ROUTED[family](config) if family in ROUTED else ()
-    if family in DIES_OF_DENSE_LAYERS and len(moe_layers) < layers:
-        dense = sorted(set(range(layers)) - set(moe_layers))
-        raise ValueError(
-            f"LMDeploy 0.18 cannot run {family} with dense layers (it dies of a TypeError at the"
-            f" first request): expected experts in all {layers} layers, got none in {dense}"
-        )
+    moe_layers = layers_of(config) if layers_of else ()
     info = ModelInfo(
-        family=family,
+        family=family or "?",
         layers=layers,
         moe_layers=moe_layers,
         num_experts=_first(config, EXPERTS_NAMES),
@@ -98,6 +126,26 @@ def read_model(args: EngineArgs) -> ServedModel:
         context_length=context_length(args.context_length, config.get("max_position_embeddings")),
     )
     return ServedModel(info, _eos_ids(path, config), read_decoder(path))
+
+
+def _language_model(whole: Config) -> Config:
+    """Return the part of a config that is the language model's, which has layers and experts."""
+    whole = whole.get("thinker_config") or whole
+    names = ("text_config", "llm_config", "language_config")
+    return next((whole[name] for name in names if whole.get(name)), whole)
+
+
+def _architecture(config: Config) -> str:
+    return str((config.get("architectures") or [""])[0])
+
+
+def _no_routes(family: str, inner: str) -> str:
+    named = f"{family} around {inner or '?'}" if family in AROUND else family or "?"
+    because = f", since {UNROUTED[family]}" if family in UNROUTED else ""
+    return (
+        f"LMDeploy 0.18 gives no routed experts for {named}{because}: expected one of"
+        f" {', '.join(sorted(ROUTED))}, or enable_return_routed_experts off"
+    )
 
 
 def _first(config: Config, names: tuple[str, ...]) -> int:
