@@ -1,12 +1,17 @@
-"""LMDeploy on a GPU behind the whole graph: what recording and keys cost, and what a key gives.
+"""LMDeploy on a GPU: what recording and keys cost, step by step, and what a key gives.
 
-    python -m benchmarks.gpu [--quick] [--repeat N] [--concurrent 64,128,256]
+    python -m benchmarks.gpu [--quick] [--repeat N] [--concurrent 64,128,256] [--parts ...]
 
-Three applications share one GPU and take turns, so that each round finds the same machine:
-``off`` records nothing, ``inline`` answers with the array, ``key`` puts it into a shard. The
-model has Qwen3-30B-A3B's routing (48 layers, 128 experts, 8 a token), random weights, and is
+``profile``: engines alone, in turn: tokens a second, and a profile of a decode step. ``off``
+records nothing, ``unasked`` is not asked, ``theirs`` is asked and records in LMDeploy's own way,
+``asked`` as the adapter has it. ``together`` and ``steady``: the whole graph (see
+`benchmarks.cost.graph` for its five modes); rollouts that begin and end at once, and ones that
+begin as others end. ``conversations`` and ``tensors``: turns, and keys to a tensor on the GPU.
+
+The model has Qwen3-30B-A3B's routing (48 layers, 128 experts, 8 a token), random weights, and is
 narrow: its steps are short, so what recording adds weighs more than in the real one. Prints one
-JSON line a part.
+JSON line a part. Without CUDA, ``--quick`` runs all parts but ``tensors`` on the CPU operators of
+tests/lmdeploy, which says whether they run and no more.
 """
 
 import argparse
@@ -14,126 +19,107 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import ray
 import torch
 from ray import serve
 
+from benchmarks.cost.graph import APPLICATIONS, MODES, Rollouts, a_prompt, application
+from benchmarks.cost.profiled import WAYS, ProfiledEngine, compared
 from benchmarks.harness.cluster import own_ray
 from benchmarks.harness.lines import emit
 from benchmarks.harness.machine import describe, versions
 from benchmarks.harness.measuring import Target, Times
 from examples.tiny_moe import write_checkpoint
-from graphs.rollout import build
-from serve_app.client import AsyncRoutedExpertsClient, RoutedExpertsClient
-from serve_app.config import RolloutArgs
-from serve_app.types import GenerateRequest, GenerateResult, RoutedSequence
+from serve_app.client import RoutedExpertsClient
+from serve_app.config import EngineArgs
+from serve_app.types import RoutedSequence
 
-MODES = {"off": (False, False), "inline": (True, False), "key": (True, True)}
 REAL: dict[str, Any] = {"hidden": 256, "layers": 48, "experts": 128, "top_k": 8}
 QUICK: dict[str, Any] = {"hidden": 128, "layers": 4, "experts": 16, "top_k": 4}
 PROMPT, TURN, VOCABULARY = 256, 64, 512
+PARTS = "profile,together,steady,conversations,tensors"
+LEAST = 0.97
+"""Of the tokens a second without routes, what routes by key shall leave."""
+GRAPH = {"cache_max_entry_count": 0.2}
+ON_CPU = {"eager_mode": True, "num_gpu_blocks": 400, "block_size": 16}
 Line = dict[str, Any]
 
 
-def application(mode: str, model: Path, most: int) -> serve.RunTarget:
-    """Compose one application that takes a share of the GPU."""
-    records, by_key = MODES[mode]
-    args = {
-        "engine": {
-            "backend": "lmdeploy",
-            "model": str(model),
-            "dtype": "bfloat16",
-            "max_batch_size": most,
-            "enable_return_routed_experts": records,
-            "enable_transfer_obj_ref": by_key,
-            "engine_kwargs": {"cache_max_entry_count": 0.2, "enable_prefix_caching": True},
-            "serve": {"num_gpus": 0.3, "num_cpus": 1, "max_ongoing_requests": 2 * most},
-        },
-        "decoder": {"serve": {"num_cpus": 0.5}},
-    }
-    return serve.RunTarget(build(RolloutArgs.model_validate(args)), name=mode, route_prefix=None)
-
-
-class Rollouts:
-    """Samples in the three applications; every mode gets the same prompts."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._clients = {
-            mode: AsyncRoutedExpertsClient(mode, generate_timeout_s=timeout_s) for mode in MODES
-        }
-
-    async def together(self, mode: str, prompts: Sequence[list[int]], new: int) -> float:
-        """Return the tokens a second of so many rollouts at once, routes handed over."""
-        begun = time.perf_counter()
-        results = await asyncio.gather(*(self.sample(mode, prompt, new) for prompt in prompts))
-        took = time.perf_counter() - begun
-        await self.release(mode, results)
-        return len(prompts) * new / took
-
-    async def converse(self, mode: str, seed: int, turns: int, new: int) -> float:
-        """Return the seconds of one conversation."""
-        rng = random.Random(seed)
-        tokens, results = a_prompt(rng, PROMPT), list[GenerateResult]()
-        begun = time.perf_counter()
-        for _ in range(turns):
-            key = results[-1].routed_experts if results and mode == "key" else None
-            assert key is None or isinstance(key, str)
-            results.append(await self.sample(mode, tokens, new, key))
-            tokens = [*tokens, *results[-1].output_ids, *a_prompt(rng, TURN)]
-        took = time.perf_counter() - begun
-        await self.release(mode, results)
-        return took
-
-    async def sample(
-        self, mode: str, prompt: list[int], new: int, key: str | None = None
-    ) -> GenerateResult:
-        request = GenerateRequest(
-            input_ids=prompt,
-            max_new_tokens=new,
-            temperature=1.0,
-            ignore_eos=True,
-            return_routed_experts=mode != "off",
-            continue_from=key,
+def profiled(model: Path, count: int, repeat: int, new: int) -> Line:
+    """Return tokens a second and a decode step's parts, engines in turn."""
+    cuda = torch.cuda.is_available()
+    hosts = {}
+    for way in WAYS:
+        args = EngineArgs(
+            backend="lmdeploy",
+            model=str(model),
+            dtype="bfloat16" if cuda else "float16",
+            max_batch_size=count,
+            engine_kwargs=GRAPH if cuda else ON_CPU,
         )
-        result = await self._clients[mode].generate(request)
-        assert len(result.output_ids) == new, result.error
-        assert (result.routed_experts is None) == (mode == "off"), result.routed_experts_error
-        return result
+        remote: Any = ray.remote(ProfiledEngine)
+        hosts[way] = remote.options(num_cpus=0, num_gpus=0.2 if cuda else 0).remote(args, way)
+        ray.get(hosts[way].ready.remote())
+    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(repeat + 1):
+        rng = random.Random(number)
+        prompts = [a_prompt(rng, PROMPT) for _ in range(count)]
+        for way in list(WAYS)[number % 4 :] + list(WAYS)[: number % 4]:
+            speed = ray.get(hosts[way].run.remote(prompts, new))
+            if number:  # the first round compiles and warms up
+                speeds[way].append(speed)
+    steps = {way: ray.get(host.profile.remote(prompts, new)) for way, host in hosts.items()}
+    for host in hosts.values():
+        ray.kill(host)
+    found = {way: median(one) for way, one in speeds.items()}
+    return {
+        "part": "profile",
+        "concurrent": count,
+        "tokens_per_s": {way: round(one, 1) for way, one in found.items()},
+        "over_off": {way: round(one / found["off"], 3) for way, one in found.items()},
+        "a_step": compared(steps),
+    }
 
-    async def release(self, mode: str, results: Sequence[GenerateResult]) -> None:
-        keys = [r.routed_experts for r in results if isinstance(r.routed_experts, str)]
-        if keys:
-            await self._clients[mode].release(keys)
 
-
-def a_prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(3, 256) for _ in range(length)]
-
-
-async def throughput(rollouts: Rollouts, counts: Sequence[int], repeat: int, new: int) -> Line:
+async def throughput(
+    rollouts: Rollouts, counts: Sequence[int], repeat: int, new: int, steady: bool
+) -> Line:
     """Return tokens a second by concurrency and mode, medians of interleaved rounds."""
     found: dict[tuple[int, str], list[float]] = {(n, mode): [] for n in counts for mode in MODES}
     for number in range(repeat + 1):
-        modes = list(MODES)[number % 3 :] + list(MODES)[: number % 3]
+        modes = list(MODES)[number % 5 :] + list(MODES)[: number % 5]
         for count in counts:
-            rng = random.Random(number * 1000 + count)
+            seed = number * 1000 + count
+            rng = random.Random(seed)
             prompts = [a_prompt(rng, PROMPT) for _ in range(count)]
             for mode in modes:
-                speed = await rollouts.together(mode, prompts, new)
+                if steady:
+                    speed = await rollouts.steadily(mode, seed, PROMPT, new, count)
+                else:
+                    speed = await rollouts.together(mode, prompts, new)
                 if number:  # the first round compiles and warms up
                     found[count, mode].append(speed)
-    speeds = {n: {mode: round(median(found[n, mode]), 1) for mode in MODES} for n in counts}
+    speeds = {n: {mode: median(found[n, mode]) for mode in MODES} for n in counts}
+    over_off = {n: {m: round(s[m] / s["off"], 3) for m in MODES} for n, s in speeds.items()}
     return {
-        "part": "throughput",
+        "part": "steady" if steady else "together",
         "prompt": PROMPT,
         "new_tokens": new,
-        "tokens_per_s": {str(n): by_mode for n, by_mode in speeds.items()},
-        "key_over_off": {str(n): round(s["key"] / s["off"], 3) for n, s in speeds.items()},
-        "inline_over_off": {str(n): round(s["inline"] / s["off"], 3) for n, s in speeds.items()},
+        "tokens_per_s": {n: {m: round(s[m], 1) for m in MODES} for n, s in speeds.items()},
+        "over_off": over_off,
+        "targets": {
+            f"key_over_off_{n}": {
+                "ratio": one["key"],
+                "target": f">= {LEAST:g}",
+                "met": one["key"] >= LEAST,
+            }
+            for n, one in over_off.items()
+        },
     }
 
 
@@ -142,7 +128,7 @@ async def conversations(rollouts: Rollouts, repeat: int, turns: int, new: int) -
     found: dict[str, list[float]] = {mode: [] for mode in MODES}
     for number in range(repeat + 1):
         for mode in MODES if number % 2 else reversed(MODES):
-            took = await rollouts.converse(mode, number, turns, new)
+            took = await rollouts.converse(mode, number, turns, new, TURN)
             if number:
                 found[mode].append(took * 1e3)
     times = {mode: Times(rounds) for mode, rounds in found.items()}
@@ -187,36 +173,48 @@ async def tensors(rollouts: Rollouts, count: int, repeat: int, new: int) -> Line
     }
 
 
-async def measure(options: argparse.Namespace) -> None:
-    rollouts = Rollouts(timeout_s=300)
+def measure(model: Path, options: argparse.Namespace) -> Iterator[Line]:
+    """Yield the lines; engines alone have the GPU before the graph is served."""
+    parts = options.parts.split(",")
     counts = [int(count) for count in options.concurrent.split(",")]
-    turns, repeat = (4, 1) if options.quick else (20, options.repeat)
-    for line in (
-        throughput(rollouts, counts, repeat, options.new),
-        conversations(rollouts, repeat, turns, 16),
-        tensors(rollouts, max(counts), 5, options.new),
-    ):
-        about: Line = {"benchmark": "gpu", "model": QUICK if options.quick else REAL}
-        about |= {"repeat": repeat, "machine": describe(), "versions": versions()}
-        emit(about | {"gpu": torch.cuda.get_device_name()} | await line)
+    turns, repeat, new = (4, 1, options.new) if options.quick else (20, options.repeat, options.new)
+    if "profile" in parts:
+        yield profiled(model, counts[0], repeat, new)
+    if {"together", "steady", "conversations", "tensors"}.isdisjoint(parts):
+        return
+    serve.start(proxy_location="Disabled")
+    share, kwargs = (0.3, GRAPH) if torch.cuda.is_available() else (0, ON_CPU)
+    serve.run_many([application(name, model, max(counts), share, kwargs) for name in APPLICATIONS])
+    rollouts = Rollouts(timeout_s=300)
+    if "together" in parts:
+        yield asyncio.run(throughput(rollouts, counts, repeat, new, steady=False))
+    if "steady" in parts:
+        yield asyncio.run(throughput(rollouts, counts, repeat, new, steady=True))
+    if "conversations" in parts:
+        yield asyncio.run(conversations(rollouts, repeat, turns, 16))
+    if "tensors" in parts and torch.cuda.is_available():
+        yield asyncio.run(tensors(rollouts, max(counts), 5, new))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time LMDeploy on a GPU behind the graph.")
+    parser = argparse.ArgumentParser(description="Time LMDeploy on a GPU, engine and graph.")
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
     parser.add_argument("--concurrent", help="rollouts at once; default 64,128,256; quick 8")
     parser.add_argument("--new", type=int, help="tokens a rollout; default 512, quick 32")
+    parser.add_argument("--parts", default=PARTS)
     parser.add_argument("--quick", action="store_true", help="a small model: does it run?")
     options = parser.parse_args()
     options.concurrent = options.concurrent or ("8" if options.quick else "64,128,256")
     options.new = options.new or (32 if options.quick else 512)
-    most = max(int(count) for count in options.concurrent.split(","))
-    with tempfile.TemporaryDirectory() as path, own_ray(object_store_bytes=8 << 30):
-        shape = QUICK if options.quick else REAL
+    cuda = torch.cuda.is_available()
+    shape, store = (QUICK, 1 << 30) if options.quick else (REAL, 8 << 30)
+    with tempfile.TemporaryDirectory() as path, own_ray(object_store_bytes=store):
         model = write_checkpoint(Path(path), vocab=VOCABULARY, context=8192, **shape)
-        serve.start(proxy_location="Disabled")
-        serve.run_many([application(mode, model, most) for mode in MODES])
-        asyncio.run(measure(options))
+        about: Line = {"benchmark": "gpu", "model": shape, "repeat": options.repeat}
+        about |= {"machine": describe(), "versions": versions()}
+        about["gpu"] = torch.cuda.get_device_name() if cuda else None
+        for line in measure(model, options):
+            emit(about | line)
 
 
 if __name__ == "__main__":

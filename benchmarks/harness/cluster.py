@@ -10,10 +10,11 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.harness.lines import only_lines
 from serve_app.client.served import DECODER, STORE
-from serve_app.config import DecoderArgs, ServeOptions, StoreArgs
+from serve_app.config import DecoderArgs, StoreArgs
 from serve_app.deployments.decoder import ExpertDecoder
 from serve_app.deployments.routing.placement import near_bytes
 from serve_app.deployments.store import ExpertStore
+from serve_app.serve_options import ServeOptions
 from serve_app.store.owner.directory import open_directory
 
 

@@ -74,7 +74,7 @@ def served(
 def _run(app: str, args: RolloutArgs, *, fast: bool) -> None:
     """As `graphs.rollout.build` does, but for the engine."""
     store = serve.deployment(name=STORE, **args.store.serve.deployment())(ExpertStore)
-    engine = serve.deployment(name=ENGINE, **args.engine.serve.deployment())(InferenceEngine)
+    engine = serve.deployment(name=ENGINE, **args.engine.deployment())(InferenceEngine)
     decoder = serve.deployment(name=DECODER, **args.decoder.serve.deployment())(ExpertDecoder)
     edge = serve.deployment(name=INGRESS, **args.ingress.serve.deployment())(
         serve.ingress(http)(Ingress)
