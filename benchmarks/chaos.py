@@ -40,8 +40,9 @@ from benchmarks.harness.load import LEASE_S, Producing, Reading
 from benchmarks.harness.machine import describe, versions
 from graphs.store import build
 from serve_app.client import RoutedExpertsClient
-from serve_app.config import DecoderArgs, ServeOptions, StoreArgs, StoreGraphArgs
+from serve_app.config import DecoderArgs, StoreArgs, StoreGraphArgs
 from serve_app.errors import StoreError
+from serve_app.serve_options import ServeOptions
 from serve_app.store.owner.directory import find_shard, list_shards
 
 APP = "chaos"

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -30,6 +30,7 @@ from benchmarks.harness.routes import random_routes
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.rollout.engine import InferenceEngine
+from serve_app.deployments.sampling.own_engine import OwnEngine
 from serve_app.engines.base import ModelInfo
 from serve_app.engines.lmdeploy.rollout import Rollout
 from serve_app.engines.stream import ChunkStream
@@ -86,7 +87,7 @@ class FinishingHost:
 
         up: Any = StoreIsUp()
         replica = InferenceEngine(args, store, up)
-        engine: Any = replica._engine
+        engine: Any = cast(OwnEngine, replica._rollouts).engine
         rows, layers, top_k = ROWS
         self._info = ModelInfo("wide", layers, tuple(range(layers)), EXPERTS, top_k, 512, 1 << 20)
         self._slots = Slots(

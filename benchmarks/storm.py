@@ -15,11 +15,11 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,10 +28,11 @@ from benchmarks.harness.lines import emit, only_lines
 from examples.tiny_moe import write_checkpoint
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.rollout.engine import InferenceEngine
-from serve_app.records import Record, hash_tokens
-from serve_app.store.owner.memory import MemoryStore, shared
-from serve_app.types import GenerateRequest, GenerateResult, UpdateMode
-from serve_app.weights.holder import pack
+from serve_app.records import ALL_TRACKS, Record, hash_tokens
+from serve_app.store.base import RecordStore
+from serve_app.store.owner.memory import shared
+from serve_app.types import GenerateChunk, GenerateRequest, GenerateResult, UpdateMode
+from serve_app.weights.holder import Packed, pack
 
 AT_ONCE = 40
 EXPERTS = 16
@@ -50,13 +51,29 @@ class Kept:
     parts: list[tuple[int, int, int]]
 
 
+class Replica(Protocol):
+    """What the storm is sent to: an engine replica, in this process or a served one."""
+
+    def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]: ...
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult: ...
+
+    async def generate_group(self, request: GenerateRequest, n: int) -> list[GenerateResult]: ...
+
+    async def abort(self, request_id: str | None = None) -> int: ...
+
+    async def update_weights(self, weights: Packed, version: int, mode: UpdateMode) -> object: ...
+
+
 @dataclass(slots=True)
 class Storm:
     """What goes on, and what was seen so far."""
 
-    engine: InferenceEngine
-    store: MemoryStore
+    engine: Replica
+    store: RecordStore
     dice: random.Random
+    lengths: Sequence[int] = (1, 2, 9, 40, 200, 700)  # of prompts
+    most_new: int = 24
     seen: Counter[str] = field(default_factory=Counter)
     kept: list[Kept] = field(default_factory=list)
     seeded: dict[int, list[tuple[GenerateRequest, list[int]]]] = field(default_factory=dict)
@@ -80,12 +97,12 @@ class Storm:
 
     def _request(self, number: int, before: Kept | None) -> GenerateRequest:
         dice = self.dice
-        length = dice.choice((1, 2, 9, 40, 200, 700))
+        length = dice.choice(self.lengths)
         new = [dice.randrange(3, 250) for _ in range(dice.randint(0, 9) if before else length)]
         return GenerateRequest(
             request_id=f"storm-{number}",
             input_ids=[*before.tokens, *new] if before else new,
-            max_new_tokens=dice.randint(1, 24),
+            max_new_tokens=dice.randint(1, self.most_new),
             temperature=dice.choice((0.0, 1.0, 1.5)),
             top_k=dice.choice((0, 0, 8)),
             min_p=dice.choice((0.0, 0.0, 0.1)),
@@ -124,7 +141,7 @@ class Storm:
             single = len(tokens) == 1 and result.routed_experts_error is not None
             assert single or result.routed_experts_error == nothing, result.routed_experts_error
             return
-        [chain] = self.store.fetch([result.routed_experts])
+        [chain] = self.store.fetch([result.routed_experts], None, ALL_TRACKS)
         assert isinstance(chain, list), chain
         parts = _check_chain(chain, tokens)
         covered = max(stop for _, stop, _ in parts)
@@ -180,8 +197,7 @@ def resident_mib() -> float:
 
 
 async def storm(path: Path, requests: int, seed: int, **engine_args: Any) -> dict[str, Any]:
-    """Run it and return what was counted; raises AssertionError at the first wrong record."""
-    begun = time.monotonic()
+    """Run it in this process and return what was counted; see `blow`."""
     write_checkpoint(path, hidden=32, layers=3, experts=EXPERTS, top_k=2)
     fields = {
         "model": str(path),
@@ -194,8 +210,20 @@ async def storm(path: Path, requests: int, seed: int, **engine_args: Any) -> dic
     args = EngineArgs.model_validate(fields)
     engine = InferenceEngine(args, StoreArgs(backend="memory"), None)  # type: ignore[arg-type]
     store = shared("local", StoreArgs(backend="memory"))
+    return await blow(engine, store, path, requests, seed)
+
+
+async def blow(
+    engine: Replica, store: RecordStore, path: Path, requests: int, seed: int, **sizes: Any
+) -> dict[str, Any]:
+    """Send everything and return what was counted; raise AssertionError at a wrong record.
+
+    ``path`` is the served checkpoint; it has `EXPERTS` experts. ``sizes``: ``lengths`` and
+    ``most_new`` of a `Storm`.
+    """
+    begun = time.monotonic()
     before = store.stats()  # in a test, other tests may have left something in this process
-    run = Storm(engine, store, random.Random(seed))
+    run = Storm(engine, store, random.Random(seed), **sizes)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     first = {name: value.clone() for name, value in model.state_dict().items()}
     weights = [first, *({name: w * by for name, w in first.items()} for by in (0.8, 1.1))]
@@ -228,7 +256,7 @@ async def storm(path: Path, requests: int, seed: int, **engine_args: Any) -> dic
         "seconds": round(time.monotonic() - begun, 1),
         **run.seen,
         "replayed_alone": replayed,
-        "puts": after.shards[0].puts,
+        "puts": sum(shard.puts for shard in after.shards),
         "left_keys": left_keys,
         "left_bytes": left_bytes,
         "memory_mib": [round(mib, 1) for mib in memory],

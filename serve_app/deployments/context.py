@@ -41,10 +41,16 @@ def replica_id() -> str:
         return LOCAL_APP
 
 
-async def connect_store(args: StoreArgs, supervisor: DeploymentHandle[ExpertStore]) -> RecordStore:
-    """Wait until the store deployment is up, then connect this replica to its shards."""
+async def connect_store(
+    args: StoreArgs, supervisor: DeploymentHandle[ExpertStore], app: str | None = None
+) -> RecordStore:
+    """Wait until the store deployment is up, then connect this actor to its shards.
+
+    ``app`` is the application's name where no replica asks.
+    """
+    app = app or application()
     if args.backend == "memory":
-        return shared(application(), args)
+        return shared(app, args)
     await asyncio.wait_for(supervisor.ready.remote(), args.put_timeout_s)
     me = ray.get_runtime_context().current_actor
-    return await asyncio.to_thread(connect, application(), me)
+    return await asyncio.to_thread(connect, app, me)

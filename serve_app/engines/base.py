@@ -1,8 +1,9 @@
 """What every inference engine does, so that the deployment and its tests know only this."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from serve_app.records import Ids, Record
 from serve_app.types import FinishReason, GenerateRequest, SleepLevel, UpdateMode
@@ -141,4 +142,30 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """End all requests and free the model. Idempotent."""
+        ...
+
+
+class Stepping(Engine, Protocol):
+    """An engine whose steps are those of its group: new weights come to all of it between two."""
+
+    @property
+    def failed(self) -> str | None:
+        """Why it serves nothing any more, None while it may."""
+        ...
+
+    @property
+    def workers(self) -> "list[Any]":
+        """The actors that hold its model, in the order of their ranks."""
+        ...
+
+    def check_weights(self, state: "Mapping[str, torch.Tensor]") -> None:
+        """Raise `WeightsMismatch` where ``state`` does not fit; nothing is stopped for that."""
+        ...
+
+    def resting(self, *, abort: bool) -> AbstractAsyncContextManager[None]:
+        """Let nothing start; first end what runs, or wait for it."""
+        ...
+
+    async def load(self, state: "Mapping[str, torch.Tensor]", version: int) -> None:
+        """Serve ``state`` after the rest that it is called in. Raises `WeightsMismatch`."""
         ...

@@ -132,6 +132,7 @@ def open_holder(app: str, timeout_s: float) -> ActorHandle[Any]:
         get_if_exists=True,
         num_cpus=0,
         max_restarts=-1,
+        scheduling_strategy="DEFAULT",  # not in its maker's placement group, which it outlives
     ).remote()
     try:
         check_protocol(ray.get(ask_protocol(holder, WHAT, app), timeout=timeout_s), WHAT, app)
@@ -143,13 +144,17 @@ def open_holder(app: str, timeout_s: float) -> ActorHandle[Any]:
 async def newest_weights(app: str, timeout_s: float = 30.0) -> Newest | None:
     """Return what a starting replica must load, None if it has the checkpoint's weights.
 
-    Raises `StoreError` if another version of r3serve began the holder.
+    Raises `StoreError` if another version of r3serve began the holder, `StoreUnavailable` if it
+    does not answer.
     """
     try:
         holder = ray.get_actor(_name(app), namespace=NAMESPACE)
     except ValueError:
         return None
-    async with asyncio.timeout(timeout_s):
-        check_protocol(await ask_protocol(holder, WHAT, app), WHAT, app)
-        newest: Newest | None = await holder.newest.remote()
+    try:
+        async with asyncio.timeout(timeout_s):
+            check_protocol(await ask_protocol(holder, WHAT, app), WHAT, app)
+            newest: Newest | None = await holder.newest.remote()
+    except (TimeoutError, RayError) as error:
+        raise StoreUnavailable(f"the {WHAT} of {app!r} does not answer: {error}") from None
     return newest

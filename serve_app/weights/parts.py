@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from serve_app.errors import InvalidRequest, WeightsMismatch
 
@@ -27,15 +27,19 @@ _DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor
 
 @dataclass(frozen=True, slots=True)
 class PickledPart:
-    """Base64 of a pickle; ``load_format`` is None or ``flattened_bucket``."""
+    """Base64 of a pickle, or one for each worker; ``load_format``: None or ``flattened_bucket``."""
 
-    data: str
+    data: str | Sequence[str]
     load_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """A process group that the trainer is rank 0 of; replica *i* becomes ``rank_offset`` + *i*."""
+    """A process group that the trainer is rank 0 of; GPU *i* becomes ``rank_offset`` + *i*.
+
+    GPUs are counted through all replicas, in the order of their names, and through each one's
+    workers in the order of their ranks; a replica without workers counts as one.
+    """
 
     address: str
     port: int
@@ -56,8 +60,39 @@ class BroadcastPart:
     load_format: str | None = None
 
 
-class WeightsInbox:
+class Inbox(Protocol):
     """Collects one replica's parts. Its methods block: call them in a thread."""
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks of a trainer's group this replica is."""
+        ...
+
+    def unpickle(self, part: PickledPart) -> int:
+        """Add a pickled part; this runs whatever code its sender put into it."""
+        ...
+
+    def join(self, spec: GroupSpec, index: int, timeout_s: float) -> None:
+        """Join a group as its GPUs from ``index`` on; returns once all its ranks have."""
+        ...
+
+    def leave(self, name: str) -> None:
+        """Leave a group."""
+        ...
+
+    def receive(self, part: BroadcastPart) -> int:
+        """Add what rank 0 broadcasts."""
+        ...
+
+    def take(self) -> "dict[str, torch.Tensor]":
+        """Return all that came so far, and begin anew."""
+        ...
+
+
+class WeightsInbox:
+    """Collects in this process; see `Inbox`."""
+
+    ranks = 1
 
     def __init__(self) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
@@ -65,8 +100,13 @@ class WeightsInbox:
 
     def unpickle(self, part: PickledPart) -> int:
         """Add a pickled part; this runs whatever code its sender put into it."""
+        parts = [part.data] if isinstance(part.data, str) else part.data
+        if len(parts) != 1:
+            raise InvalidRequest(
+                f"expected one pickled part, as this replica has one process, got {len(parts)}"
+            )
         try:
-            loaded = pickle.loads(base64.b64decode(part.data, validate=True))
+            loaded = pickle.loads(base64.b64decode(parts[0], validate=True))
             return self._add(_flat(loaded) if part.load_format == _FLAT else _rebuilt(loaded))
         except binascii.Error as error:
             raise InvalidRequest(f"expected base64, got {error}") from None
@@ -121,6 +161,10 @@ class WeightsInbox:
         if not tensors:
             raise WeightsMismatch("expected weights before the end of the update, got none")
         return tensors
+
+    def clear(self) -> None:
+        """Drop what came so far."""
+        self._tensors.clear()
 
     def _add(self, named: Named) -> int:
         added = dict(named)

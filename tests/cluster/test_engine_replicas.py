@@ -40,7 +40,7 @@ def graph(app: str, tiny_checkpoint: Path) -> Iterator[ServedGraph]:
         }
     )
     store = serve.deployment(name=STORE, **StoreArgs().serve.deployment())(ExpertStore)
-    engine = serve.deployment(name=ENGINE, **args.serve.deployment())(InferenceEngine)
+    engine = serve.deployment(name=ENGINE, **args.deployment())(InferenceEngine)
     bound = engine.bind(args, StoreArgs(), store.bind(StoreArgs()))
     serve.run(bound, name=APP, route_prefix=None)
     yield ServedGraph(APP, None, 60)

@@ -7,7 +7,6 @@ import pickle
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ import yaml
 from openai import OpenAI
 from ray import serve
 from ray.cluster_utils import Cluster
-from torch.distributed import distributed_c10d as c10d
-from torch.distributed.rendezvous import rendezvous
 from transformers import AutoModelForCausalLM
 
 from graphs.rollout import build
@@ -30,7 +27,8 @@ from serve_app.config import RolloutArgs
 from serve_app.weights.holder import newest_weights
 from serve_app.wire.formats.ours import from_bytes
 from tests.cluster.conftest import HTTP_PORT, ROLLOUT_YAML
-from tests.cluster.test_cli import free_ports
+from tests.ports import free_ports
+from tests.trainers_group import broadcast, open_as_rank_0
 from tests.xtuner_client import Rollout, XtunerWorker, sample_params
 
 PREFIX = "/llm"
@@ -149,8 +147,13 @@ def test_pickled_weights_reach_every_replica(http: httpx.Client, tiny_checkpoint
     kept = asyncio.run(newest_weights("two"))  # what a replica that starts later loads
     assert kept is not None
     assert kept.version == before + 1
-    body = {"serialized_named_tensors": base64.b64encode(b"junk").decode()}
-    assert http.post(f"{URL}/update_weights", json=body, headers=ADMIN).status_code == 400
+    junk = base64.b64encode(b"junk").decode()
+    bad: list[tuple[Any, str]] = [(junk, "expected pickled"), ([junk] * 2, "one part, got 2")]
+    for sent, wrong in bad:
+        answer = http.post(
+            f"{URL}/update_weights", json={"serialized_named_tensors": sent}, headers=ADMIN
+        )
+        assert (answer.status_code, wrong in answer.text) == (400, True), answer.text
 
 
 def test_a_trainers_process_group_reaches_every_replica(
@@ -178,18 +181,7 @@ def test_a_trainers_process_group_reaches_every_replica(
 
     answers: list[tuple[int, str]] = []
     joining = call("init_weights_update_group", group)
-    store, _, _ = next(rendezvous(f"tcp://127.0.0.1:{port}", 0, 3))
-    trainer, _ = c10d._new_process_group_helper(
-        3,
-        0,
-        [],
-        c10d.Backend("gloo"),
-        c10d.PrefixStore("policy", store),
-        group_name=c10d.GroupName("policy"),
-        backend_options=None,
-        timeout=timedelta(seconds=60),
-    )
-    c10d._world.pg_group_ranks[trainer] = {0: 0, 1: 1, 2: 2}
+    trainer = open_as_rank_0(port, "policy", 3)
     joining.join(60)
     body = {
         "group_name": "policy",
@@ -199,8 +191,7 @@ def test_a_trainers_process_group_reaches_every_replica(
         "finished": True,
     }
     receiving = call("update_weights_from_distributed", body)
-    for _, value in named:
-        torch.distributed.broadcast(value.contiguous(), src=0, group=trainer)
+    broadcast(trainer, named)
     receiving.join(60)
     call("destroy_weights_update_group", {"group_name": "policy"}).join(60)
     assert [status for status, _ in answers] == [200, 200, 200], answers

@@ -8,7 +8,7 @@ from serve_app.engines.base import Engine
 from serve_app.errors import EngineOverloaded, InvalidRequest
 from tests.engine_contract.maker import MakeEngine
 from tests.engine_contract.requests import LONG, request
-from tests.engine_contract.rollouts import Started, sample
+from tests.engine_contract.rollouts import Started, begun, sample
 
 
 class Queue:
@@ -23,8 +23,7 @@ class Queue:
             await sample(engine, request(max_new_tokens=2))
             order.append(number)
 
-        tasks = [asyncio.create_task(numbered(number)) for number in range(2)]
-        await asyncio.sleep(0)
+        tasks = [await begun(engine, numbered(number)) for number in range(2)]
         with pytest.raises(EngineOverloaded, match="2 wait"):
             await sample(engine, request())
         await engine.abort("a")

@@ -1,12 +1,24 @@
 """Rollouts: sampled whole, known to run, or waiting."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from serve_app.engines.base import Engine, EngineChunk
 from serve_app.records import Record
 from serve_app.types import FinishReason, GenerateRequest
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """An engine in another process, which a call reaches later than in the next turn."""
+
+    async def reached_by(self, call: "asyncio.Task[Any]") -> None:
+        """Wait until the engine has the last call, or it has ended."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,16 @@ class Started:
 
 async def submitted(engine: Engine, wanted: GenerateRequest) -> "asyncio.Task[Sampled]":
     """Return a task whose request has reached the engine."""
-    task = asyncio.create_task(sample(engine, wanted))
-    await asyncio.sleep(0)  # not a delay: one turn of the loop, in which the task begins
+    return await begun(engine, sample(engine, wanted))
+
+
+async def begun(engine: Engine, call: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+    """Return a task whose call has reached the engine."""
+    task = asyncio.create_task(call)
+    if isinstance(engine, Remote):
+        await engine.reached_by(task)
+    else:
+        await asyncio.sleep(0)  # not a delay: one turn of the loop, in which the task begins
     return task
 
 

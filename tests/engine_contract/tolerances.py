@@ -6,3 +6,5 @@ class Tolerances:
     min_agreement = 1.0
     # How far a log-probability may be from teacher forcing's.
     logprob_tolerance = 1e-4
+    # How far it may be from itself, the same request sampled again.
+    again_tolerance = 0.0

@@ -1,6 +1,5 @@
 """New weights: one version a record, and nothing changed by those that do not fit."""
 
-import asyncio
 import re
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ from tests.engine_contract.maker import MakeEngine
 from tests.engine_contract.records import check_rows
 from tests.engine_contract.reference import Reference, Weights
 from tests.engine_contract.requests import LONG, NEW, PROMPT, request
-from tests.engine_contract.rollouts import Started, sample, submitted
+from tests.engine_contract.rollouts import Started, begun, sample, submitted
 
 
 class WeightUpdates:
@@ -31,8 +30,7 @@ class WeightUpdates:
             await Started(engine, request(request_id=name, max_new_tokens=tokens)).first()
             for name in "ab"
         ]
-        update = asyncio.create_task(engine.update_weights(other, 7, mode))
-        await asyncio.sleep(0)
+        update = await begun(engine, engine.update_weights(other, 7, mode))
         later = await submitted(engine, request())
         await update
         assert engine.weight_version == 7

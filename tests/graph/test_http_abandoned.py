@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from serve_app import GenerateRequest
-from serve_app.deployments.rollout.unread import Unread
+from serve_app.deployments.sampling.unread import Unread
 from serve_app.ingress.edge.abandonment import Client, ClientGone
 from serve_app.ingress.edge.edge import Ingress
 from tests.graph.conftest import MODEL

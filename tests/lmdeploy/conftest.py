@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 
 os.environ["LMDEPLOY_SKIP_WARMUP"] = "1"
 
@@ -16,6 +18,8 @@ from serve_app.deployments.rollout.loading import load_engine
 from serve_app.engines.base import Engine
 from serve_app.types import GenerateRequest
 from tests.engine_contract import Sampled, engine_maker, mixed_requests, request, sample
+from tests.lmdeploy.served.graphs import SMALL
+from tests.lmdeploy.served.pretended_gpus import pretended_gpus
 from tests.lmdeploy_engines import plain, small_args
 from tests.plain_model import PlainModel
 
@@ -23,7 +27,6 @@ __all__ = ["make_engine", "plain"]
 
 FOUR_HUNDRED = [(13 * i) % 500 + 3 for i in range(400)]
 HERE = str(Path(__file__).parent)
-SMALL = {"eager_mode": True, "num_gpu_blocks": 400, "block_size": 16, "max_prefill_token_num": 512}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -89,6 +92,12 @@ def cpu(plain: PlainModel, parities: list[Parity]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def unthreaded(one_thread: None) -> None:
     """Small products wait for each other where they have two threads on a busy machine."""
+
+
+@pytest.fixture(scope="session")
+def cluster(cpu: None) -> Iterator[Cluster]:
+    with pretended_gpus() as nodes:
+        yield nodes
 
 
 def load(path: Path, **overrides: Any) -> Engine:

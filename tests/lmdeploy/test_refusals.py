@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ray import __version__ as ray_version
 
-from examples.tiny_moe import write_checkpoint
-from serve_app.config import EngineArgs, ServeOptions, StoreArgs
+from serve_app.config import EngineArgs, StoreArgs
 from serve_app.deployments.rollout.shared_store import puts_itself, wait_for_shared_store
 from serve_app.engines.base import ModelInfo
 from serve_app.engines.lmdeploy.model import read_model
@@ -21,6 +19,7 @@ from serve_app.engines.lmdeploy.probe import check_routes
 from serve_app.engines.lmdeploy.sampling import LogitRules, generation_config
 from serve_app.errors import EngineUnavailable
 from serve_app.records import make_record
+from serve_app.serve_options import ServeOptions
 from serve_app.types import GenerateRequest
 from tests.lmdeploy.conftest import load
 
@@ -43,21 +42,19 @@ def args(path: Path, **fields: Any) -> EngineArgs:
 # Models.
 
 
-@pytest.mark.parametrize("family", ["DeepseekV3ForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize(
+    ("family", "because"),
+    [("LlamaForCausalLM", ""), ("SDARMoeForCausalLM", ", since it denoises blocks of tokens.*")],
+)
 def test_a_family_without_routes_is_refused_by_name(
-    sparse: Path, tmp_path: Path, family: str
+    sparse: Path, tmp_path: Path, family: str, because: str
 ) -> None:
     path = checkpoint(sparse, tmp_path / "other", architectures=[family])
-    with pytest.raises(ValueError, match=f"no routed experts for {family}: expected one of .*Qwen"):
+    told = f"no routed experts for {family}{because}: expected one of .*Qwen"
+    with pytest.raises(ValueError, match=told):
         load(path)
     off = args(path).model_copy(update={"enable_return_routed_experts": False})
     assert read_model(off).info.moe_layers == ()
-
-
-def test_qwen3_moe_with_a_dense_layer_is_refused(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, hidden=64, layers=3, experts=8, dense_layers=(1,))
-    with pytest.raises(ValueError, match=r"cannot run Qwen3MoeForCausalLM with dense.*none in \[1"):
-        load(path)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +82,7 @@ def test_the_layer_map_is_the_familys(
         ({"blocksize": 16}, r"expected some of \[.*'block_size'.*\], got \['blocksize'\]"),
         ({"session_len": 9}, "set engine.context_length instead of session_len"),
         ({"kv_transfer_config": {}}, "kv_transfer_config cannot be set here: a cache outside"),
-        ({"ep": 2, "tp": 2}, "ep > 1 is not served"),
-        ({"dp": 2}, "dp > 1 is not served"),
-        ({"tp": 2, "distributed_executor_backend": "uni"}, "'uni' with tp 1, got 'uni' with tp 2"),
+        ({"dp_rank": 1}, "dp_rank cannot be set here: the ranks of a group are numbered here"),
         ({"distributed_executor_backend": "mp"}, "must be 'ray', or 'uni'"),
         ({"block_size": 15}, "LMDeploy refuses them: kernel_block_size must be"),
         ({"transfer": "theirs"}, "'ours' or 'lmdeploy'"),
@@ -107,7 +102,14 @@ def test_float32_is_refused(sparse: Path) -> None:
 
 def test_the_executor_is_set_explicitly(sparse: Path) -> None:
     one = engine_config(args(sparse), split_options({}), 100)
-    four = engine_config(args(sparse), split_options({"tp": 4}), 100)
+    sizes = {"tp": 4}
+    four = engine_config(args(sparse, engine_kwargs=sizes), split_options(sizes), 100)
+    uni = sizes | {"distributed_executor_backend": "uni"}
+    with pytest.raises(ValueError, match="'uni' for one GPU, got 'uni' for 4"):
+        engine_config(args(sparse, engine_kwargs=uni), split_options(uni), 100)
+    rank = {"dp": 4, "ep": 8}
+    third = engine_config(args(sparse, engine_kwargs=rank), split_options(rank), 100, dp_rank=2)
+    assert (third.dp, third.ep, third.dp_rank) == (4, 8, 2)
     assert (one.distributed_executor_backend, four.distributed_executor_backend) == ("uni", "ray")
     assert (one.logprobs_mode, one.session_len, one.enable_transfer_obj_ref) == (
         "raw_logprobs",
@@ -121,12 +123,8 @@ def test_a_machine_without_a_gpu_is_one_sentence(sparse: Path) -> None:
     try:
         with pytest.raises(ValueError, match="needs a CUDA GPU and this process sees none"):
             load(sparse)
-        workers = engine_config(args(sparse), split_options({"tp": 2}), 100)
-        if tuple(map(int, ray_version.split(".")[:2])) >= (2, 59):
-            with pytest.raises(ValueError, match=r"Ray 2\.59 removed: expected ray<2\.59"):
-                check_machine(workers)
-        else:
-            check_machine(workers)
+        two = {"tp": 2}
+        check_machine(engine_config(args(sparse, engine_kwargs=two), split_options(two), 100))
     finally:
         torch.cuda.device_count = before
 
@@ -244,6 +242,8 @@ def test_bundles_reserve_the_replica_and_its_workers() -> None:
     assert deployment["placement_group_bundles"] == bundles
     assert deployment["placement_group_strategy"] == "STRICT_PACK"
     assert "placement_group_bundles" not in ServeOptions().deployment()
+    many = {"num_cpus": 1, "placement_group_bundles": [*bundles, *bundles * 4]}
+    assert ServeOptions.model_validate(many).deployment()["placement_group_strategy"] == "PACK"
     for wrong in ({"num_cpus": 2}, {"num_cpus": 1, "num_gpus": 1}):
         with pytest.raises(ValueError, match="the first of placement_group_bundles is the replica"):
             ServeOptions.model_validate({**wrong, "placement_group_bundles": bundles})

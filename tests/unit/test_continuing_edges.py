@@ -8,7 +8,7 @@ import pytest
 from serve_app.assemble.joining import joined
 from serve_app.config import StoreArgs
 from serve_app.continuing import put_continued, same_by_hash
-from serve_app.deployments.rollout.routes import RouteKeys
+from serve_app.deployments.sampling.routes import RouteKeys
 from serve_app.engines.base import ModelInfo
 from serve_app.errors import PrefixMismatch, RecordError
 from serve_app.materialize import materialize

@@ -9,7 +9,7 @@ import ray
 from serve_app.deployments.context import application, replica_id
 from serve_app.types import WeightsResult
 from serve_app.weights.holder import open_holder, pack
-from serve_app.weights.parts import BroadcastPart, GroupSpec, PickledPart, WeightsInbox
+from serve_app.weights.parts import BroadcastPart, GroupSpec, Inbox, PickledPart
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,8 @@ HOLDER_TIMEOUT_S = 60.0
 class PartialUpdates:
     """Collects parts, then lets the engine serve the whole. Every replica gets the same calls."""
 
-    def __init__(self) -> None:
-        self._inbox = WeightsInbox()
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
         self._turn = asyncio.Lock()
 
     async def add(self, part: PickledPart | BroadcastPart) -> int:
@@ -35,7 +35,8 @@ class PartialUpdates:
     async def join(self, spec: GroupSpec, replicas: Sequence[str], timeout_s: float) -> None:
         """Join a trainer's group, as this replica's place among all of them says."""
         async with self._turn:
-            await asyncio.to_thread(self._inbox.join, spec, replicas.index(replica_id()), timeout_s)
+            first = replicas.index(replica_id()) * self._inbox.ranks
+            await asyncio.to_thread(self._inbox.join, spec, first, timeout_s)
 
     async def leave(self, name: str) -> None:
         """Leave a trainer's group."""
@@ -45,7 +46,7 @@ class PartialUpdates:
     async def commit(self, version: int, publisher: str, serve: "Serve") -> WeightsResult:
         """Serve what came; one replica keeps it for those that start later."""
         async with self._turn:
-            state = self._inbox.take()
+            state = await asyncio.to_thread(self._inbox.take)
             result = await serve(state, version)
             if publisher == replica_id() and ray.is_initialized():
                 await asyncio.to_thread(_publish, state, version)

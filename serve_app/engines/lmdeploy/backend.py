@@ -8,21 +8,26 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
 from lmdeploy import GenerationConfig, PytorchEngineConfig
 from lmdeploy.messages import ResponseType
-from lmdeploy.pytorch import envs
 from lmdeploy.pytorch.engine import Engine
 from lmdeploy.utils import get_logger
 
+from serve_app.engines.lmdeploy.options import LmdeployOptions
+from serve_app.engines.lmdeploy.patching.adapting import adapt, adapt_agent
 from serve_app.engines.lmdeploy.sequence import keep_rows
+from serve_app.engines.lmdeploy.workers.seat import Seat
 from serve_app.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    from serve_app.engines.lmdeploy.workers.worker import GroupWorker
 
 _STEP_S = 0.01
 
@@ -44,13 +49,21 @@ class Output:
 class Backend:
     """One engine on one event loop, and as many instances as requests that run at once."""
 
-    def __init__(self, model: str, config: PytorchEngineConfig) -> None:
+    def __init__(
+        self,
+        model: str,
+        config: PytorchEngineConfig,
+        options: LmdeployOptions,
+        seat: Seat,
+        worker: "type[GroupWorker] | None" = None,
+    ) -> None:
+        self._options = options
         self._workers = config.distributed_executor_backend == "ray"
         if self._workers:
-            from serve_app.engines.lmdeploy.workers import borrow_ray
+            from serve_app.engines.lmdeploy.workers.executor import sit
 
-            borrow_ray()
-        envs.enable_check_env = False  # it starts a process for what the probe request proves
+            sit(seat, options.start_timeout_s, options.liveness_timeout_s, worker)
+        adapt(config.enable_return_routed_experts)
         get_logger("lmdeploy").setLevel(logging.WARNING)  # INFO is a line a request and step
         try:
             self.engine = Engine(model, config)
@@ -60,7 +73,7 @@ class Backend:
             # Its instances put into shared_store only if the executor was named so; they may.
             self.engine.engine_config.distributed_executor_backend = "ray"
         if not self._workers:
-            _float32_logits(self.engine.executor.model_agent)
+            adapt_agent(self.engine.executor.model_agent)
         self._sequences = keep_rows(self.engine)
         self._control = self.engine.create_instance()
         self._instances = [self.engine.create_instance() for _ in range(config.max_batch_size)]
@@ -82,9 +95,17 @@ class Backend:
         """The token that fills up rows of ids for logits processors."""
         return int(self.engine.sampling_strategy.pad_token_id)
 
-    def start(self) -> None:
-        """Begin to serve on the running loop."""
+    def start(self, failed: Callable[[str], None]) -> None:
+        """Begin to serve on the running loop; call ``failed`` there once a worker is lost."""
         self.engine.start_loop()
+        if self._workers:
+            tell = asyncio.get_running_loop().call_soon_threadsafe
+            self.engine.executor.watch.when_failed(lambda why: tell(failed, why))
+
+    @property
+    def workers(self) -> list[Any]:
+        """The actors that hold the model, in the order of their ranks; none where it is here."""
+        return list(self.engine.executor.workers) if self._workers else []
 
     def open_session(self) -> int:
         """Return the number of a session that is about to run."""
@@ -117,7 +138,7 @@ class Backend:
         """End a session that runs; its last output follows, with status ``CANCEL``."""
         await self._control.async_cancel(session)
 
-    def check_health(self, working: bool, step_timeout_s: float) -> None:
+    def check_health(self, working: bool) -> None:
         """Raise `EngineUnavailable` where the engine has ended, or works and does not move."""
         status = self.engine.get_local_health_status()
         if not status["alive"]:
@@ -125,11 +146,17 @@ class Backend:
         tick, now = self.engine.scheduler.scheduler_tick, time.monotonic()
         if not working or tick != self._progress[0]:
             self._progress = (tick, now)
-        elif (stuck := now - self._progress[1]) > step_timeout_s:
+        elif (stuck := now - self._progress[1]) > self._options.step_timeout_s:
             raise EngineUnavailable(f"LMDeploy's engine is stuck: no progress for {stuck:.1f} s")
 
     async def sleep(self, level: int) -> None:
-        """Take weights and cache off the device."""
+        """Take weights and cache off the device; or forget the weights of one that sleeps."""
+        if self.engine._sleeping_tags and self._workers:
+            from serve_app.engines.lmdeploy.workers.loading import forget_weights
+
+            # Its own way waits for ranks that step, and those that sleep do not.
+            await asyncio.to_thread(self.engine.executor.each, forget_weights)
+            return
         await self.engine.sleep(level)
         self.flush_prefixes()
 
@@ -144,10 +171,10 @@ class Backend:
     def load(self, buckets: Iterable[list[tuple[str, Any]]]) -> None:
         """Load weights in the checkpoint's names; nothing may run. Blocks."""
         if self._workers:
-            from serve_app.engines.lmdeploy.workers import update_requests
+            from serve_app.engines.lmdeploy.workers.loading import load_bucket, packed_buckets
 
-            for request in update_requests(iter(buckets)):
-                self.engine.update_params(request)
+            for packed, last in packed_buckets(buckets):
+                self.engine.executor.each(load_bucket, packed, last)
             return
         agent = self.engine.executor.model_agent
         with torch.inference_mode(), agent.all_context():
@@ -191,15 +218,6 @@ class Backend:
         """Whether the main loop waits for work, which nothing public tells."""
         loop = self.engine._engine_loop
         return loop is None or bool(loop.has_runable_event.event._waiters)
-
-
-def _float32_logits(agent: Any) -> None:
-    """Let logprobs and sampling be computed from float32.
-
-    LMDeploy takes the softmax in the model's dtype: in bfloat16 a logprob of -4 is off by 0.03.
-    """
-    narrow = agent.get_logits
-    agent.get_logits = lambda hidden: narrow(hidden).float()
 
 
 def _logprobs(token_ids: Sequence[int], found: Sequence[dict[int, float]] | None) -> list[float]:

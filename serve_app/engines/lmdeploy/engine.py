@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy import PytorchEngineConfig
 
@@ -19,12 +19,14 @@ from serve_app.config import EngineArgs
 from serve_app.engines.answering import AnsweringEngine
 from serve_app.engines.base import TakeRows
 from serve_app.engines.lmdeploy.backend import Backend
+from serve_app.engines.lmdeploy.finishing import to_its_end
 from serve_app.engines.lmdeploy.model import ServedModel
 from serve_app.engines.lmdeploy.options import LmdeployOptions
 from serve_app.engines.lmdeploy.probe import probe
 from serve_app.engines.lmdeploy.rollout import Rollout
 from serve_app.engines.lmdeploy.slots import Limits, Slots
 from serve_app.engines.lmdeploy.weights import ModelWeights
+from serve_app.engines.lmdeploy.workers.seat import ALONE, Seat
 from serve_app.engines.stream import ChunkStream
 from serve_app.errors import EngineAsleep, EngineUnavailable, StoreUnavailable
 from serve_app.types import GenerateRequest, SleepLevel, UpdateMode
@@ -32,7 +34,7 @@ from serve_app.types import GenerateRequest, SleepLevel, UpdateMode
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
+    from serve_app.engines.lmdeploy.workers.worker import GroupWorker
 
 STOPPED = "the engine was stopped"
 ASLEEP = "the engine sleeps: call wake() first"
@@ -48,12 +50,14 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
         options: LmdeployOptions,
         config: PytorchEngineConfig,
         take_rows: TakeRows | None = None,
+        seat: Seat = ALONE,
+        worker: "type[GroupWorker] | None" = None,
     ) -> None:
         self._options = options
         self._take_rows = take_rows
         self._prefixes = config.enable_prefix_caching
         self._weights = ModelWeights(Path(args.model))
-        self._backend = Backend(args.model, config)
+        self._backend = Backend(args.model, config, options, seat, worker)
         longest = min(model.info.context_length, self._backend.context_length)
         info = replace(model.info, context_length=longest)
         super().__init__(args, info, has_tokenizer=model.decode is not None)
@@ -77,6 +81,16 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
     def weight_version(self) -> int:
         """Version of the weights that the next forward pass uses; 0 as loaded."""
         return self._slots.weight_version
+
+    @property
+    def failed(self) -> str | None:
+        """Why it serves nothing any more, None while it may."""
+        return self._ended
+
+    @property
+    def workers(self) -> "list[Any]":
+        """The actors that hold the model, in the order of their ranks; none where it is here."""
+        return self._backend.workers
 
     @property
     def recomputed(self) -> int:
@@ -103,9 +117,19 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
             await self.ready()
         self._check_serving()
         taken = self._weights.checked(state)
-        async with self._nothing_running(abort=mode == "abort"):
+        async with self.resting(abort=mode == "abort"):
             self._check_serving()
             await self._load(self._weights.buckets(taken), version)
+
+    def check_weights(self, state: "Mapping[str, torch.Tensor]") -> None:
+        """Raise `WeightsMismatch` where ``state`` does not fit."""
+        self._check_serving()
+        self._weights.checked(state)
+
+    async def load(self, state: "Mapping[str, torch.Tensor]", version: int) -> None:
+        """Serve ``state`` once this engine rests no more, `resting` now; see `Stepping`."""
+        self._check_serving()
+        await self._load(self._weights.buckets(self._weights.checked(state)), version)
 
     async def sleep(self, level: SleepLevel) -> None:
         """Abort everything and take weights and cache off the device; see `Engine`."""
@@ -114,7 +138,7 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
         self._check_not_ended()
         self._fall_asleep()
         await self._slots.abort(None)
-        async with self._nothing_running(abort=True):
+        async with self.resting(abort=True):
             self._fall_asleep()  # again: a wake that was under way may have ended
             if (self._sleep_level or 0) < level:
                 await self._backend.sleep(level)
@@ -142,7 +166,7 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
         """Raise `EngineUnavailable` once the engine has ended or is stuck, and say why."""
         self._check_not_ended()
         if self._started:
-            self._backend.check_health(self._slots.busy, self._options.step_timeout_s)
+            self._backend.check_health(self._slots.busy)
 
     async def stop(self) -> None:
         """Abort everything, end the engine's tasks and free the model. Idempotent."""
@@ -191,7 +215,7 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
         ending.add_done_callback(self._abandoned.discard)
 
     @asynccontextmanager
-    async def _nothing_running(self, *, abort: bool) -> AsyncIterator[None]:
+    async def resting(self, *, abort: bool) -> AsyncIterator[None]:
         """Let nothing start, end what runs or wait for it, and keep others from doing the same."""
         self._slots.close()
         try:
@@ -210,7 +234,7 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
         """Load checked weights to the end, whoever waits for it; a half-loaded model is dead."""
         loop = asyncio.get_running_loop()
         try:
-            await _to_its_end(loop.run_in_executor(self._threads, self._backend.load, buckets))
+            await to_its_end(loop.run_in_executor(self._threads, self._backend.load, buckets))
             self._backend.flush_prefixes()
         except Exception as failure:
             self._fail(f"loading weights version {version} failed half-way: {failure}")
@@ -225,7 +249,7 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
     async def _begin(self) -> None:
         """Start the engine's loop and prove that it works; only then do requests run."""
         try:
-            self._backend.start()
+            self._backend.start(self._fail)
             async with asyncio.timeout(self._options.step_timeout_s):
                 await probe(self._backend, self._info, self._recorded is not None, self._taken)
             self._backend.flush_prefixes()
@@ -271,12 +295,3 @@ def _has_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-async def _to_its_end(work: "asyncio.Future[T]") -> T:
-    """Wait for work that must not be left half-done; a cancellation is raised afterwards."""
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise

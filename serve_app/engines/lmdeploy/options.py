@@ -1,6 +1,7 @@
 """What `EngineArgs` means to LMDeploy: its engine's config, and what is ours on top of it."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from lmdeploy import PytorchEngineConfig
 
 LMDEPLOY = "0.18.0"
-RAY_WITHOUT_FREE = (2, 59)
 
 # Set by fields of `EngineArgs`, or decided by this adapter.
 OURS = {
@@ -29,10 +29,14 @@ REFUSED = {
     "mp_engine_backend": "the engine runs in the replica's process",
     "thread_safe": "LMDeploy 0.18 has it no longer",
     "role": "a replica prefills and decodes",
-    "dp_rank": "replicas are Serve's",
+    "dp_rank": "the ranks of a group are numbered here",
     "kv_transfer_config": "a cache outside the engine cannot be flushed at a weight update",
     "enable_eplb": "an update of its experts' placement cannot follow new weights",
     "empty_init": "every replica loads the checkpoint",
+    "speculative_config": (
+        "the rows of accepted tokens are kept, but no engine with drafts has run on a GPU yet,"
+        " and most keep their drafts' old weights after an update"
+    ),
     "download_dir": "checkpoints are local",
     "revision": "checkpoints are local",
 }
@@ -44,13 +48,17 @@ class LmdeployOptions(BaseModel):
     ``transfer``: who puts a rollout's routes into the store. ``ours``: this process, after the
     engine has answered, off its loop. ``lmdeploy``: LMDeploy itself, into the ``shared_store``
     actor (``store.compat_actors: [lmdeploy]``), blocking its loop; the key is taken over.
-    An engine that has work and makes no progress for ``step_timeout_s`` is unhealthy.
+    An engine that has work and makes no progress for ``step_timeout_s`` is unhealthy; so is a group
+    with a process that gives no sign of life for ``liveness_timeout_s``, or is not up after
+    ``start_timeout_s``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     transfer: Literal["ours", "lmdeploy"] = "ours"
     step_timeout_s: PositiveFloat = 300.0
+    start_timeout_s: PositiveFloat = 1800.0
+    liveness_timeout_s: PositiveFloat = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +88,11 @@ def check_installed() -> None:
 def check_machine(config: "PytorchEngineConfig") -> None:
     """Raise ValueError where there is no GPU; LMDeploy itself would end the process.
 
-    The workers of a Ray executor have GPUs, this process needs none; but it needs a Ray that
-    still has ``ray.internal.free``.
+    The workers of a Ray executor have GPUs, this process needs none.
     """
     import torch
 
-    if config.distributed_executor_backend == "ray":
-        ray = version("ray")
-        if tuple(map(int, ray.split(".")[:2])) >= RAY_WITHOUT_FREE:
-            raise ValueError(
-                "LMDeploy 0.18's Ray executor calls ray.internal.free, which Ray 2.59 removed:"
-                f" expected ray<2.59 for tp > 1, found {ray}"
-            )
-    elif not torch.cuda.device_count():
+    if config.distributed_executor_backend != "ray" and not torch.cuda.device_count():
         raise ValueError(
             "backend 'lmdeploy' needs a CUDA GPU and this process sees none: give its replicas"
             " engine.serve.num_gpus 1 on a node that has one, or use backend 'transformers'"
@@ -117,32 +117,31 @@ def split_options(engine_kwargs: dict[str, Any]) -> EngineOptions:
             f" got {sorted(unknown)}"
         )
     return EngineOptions(
-        LmdeployOptions.model_validate({n: v for n, v in engine_kwargs.items() if n in own}),
-        {n: v for n, v in engine_kwargs.items() if n not in own},
+        split_own(engine_kwargs), {n: v for n, v in engine_kwargs.items() if n not in own}
     )
 
 
+def split_own(engine_kwargs: Mapping[str, Any]) -> LmdeployOptions:
+    """Return this adapter's own options, without a look at the others or at LMDeploy."""
+    own = LmdeployOptions.model_fields
+    return LmdeployOptions.model_validate({n: v for n, v in engine_kwargs.items() if n in own})
+
+
 def engine_config(
-    args: EngineArgs, options: EngineOptions, context_length: int
+    args: EngineArgs, options: EngineOptions, context_length: int, dp_rank: int = 0
 ) -> "PytorchEngineConfig":
     """Return LMDeploy's own config; raise ValueError for values that it does not take."""
     from lmdeploy import PytorchEngineConfig
 
     theirs = dict(options.engine)
-    for name in ("dp", "ep"):
-        if theirs.get(name, 1) > 1:
-            raise ValueError(
-                f"engine_kwargs: {name} > 1 is not served: its ranks wait for each other at every"
-                f" step and Serve's replicas do not; scale engine.serve.max_replicas, or tp"
-            )
     if args.dtype == "float32":
         raise ValueError("LMDeploy runs bfloat16 or float16: expected one of them, got float32")
-    tp = theirs.get("tp", 1)
-    executor = theirs.pop("distributed_executor_backend", None) or ("ray" if tp > 1 else "uni")
-    if executor not in ("uni", "ray") or (executor == "uni" and tp > 1):
+    gpus = args.group.gpus
+    executor = theirs.pop("distributed_executor_backend", None) or ("ray" if gpus > 1 else "uni")
+    if executor not in ("uni", "ray") or (executor == "uni" and gpus > 1):
         raise ValueError(
-            f"distributed_executor_backend must be 'ray', or 'uni' with tp 1, got {executor!r}"
-            f" with tp {tp}"
+            f"distributed_executor_backend must be 'ray', or 'uni' for one GPU, got {executor!r}"
+            f" for {gpus}"
         )
     if theirs.get("quant_policy"):
         from lmdeploy.messages import QuantPolicy
@@ -158,6 +157,7 @@ def engine_config(
             enable_return_routed_experts=args.enable_return_routed_experts,
             enable_transfer_obj_ref=transfers,
             logprobs_mode="raw_logprobs",
+            dp_rank=dp_rank,
             enable_metrics=theirs.pop("enable_metrics", False),
             **theirs,
         )

@@ -128,12 +128,14 @@ class Slots:
         await self._backend.settle()
 
     def fail(self, why: str) -> None:
-        """End what waits, since nothing will run any more."""
+        """End what waits and what runs, since no step will follow."""
         self.close()
-        while self._queue:
-            rollout = self._queue.popleft()
+        for running in self._running.values():
+            running.cancel()
+        for rollout in [*self._running, *self._queue]:
             rollout.end("error", why)
             self._leave(rollout, None)
+        self._queue.clear()
 
     def _fill(self) -> None:
         while not self._closed and self._queue and len(self._running) < self._limits.running:
@@ -150,7 +152,8 @@ class Slots:
         finally:
             del self._running[rollout]
             self._fill()
-        await self._finish(rollout, rows)
+        if not rollout.done.is_set():
+            await self._finish(rollout, rows)
 
     async def _run(self, rollout: Rollout) -> Any:
         if rollout.leader is not None:

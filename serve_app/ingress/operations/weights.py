@@ -69,13 +69,13 @@ async def update_weights(body: PickledWeights, edge: Edge) -> None:
             "unpickling runs the sender's code: allow_pickle is off in this server's configuration"
         )
     data = body.serialized_named_tensors
-    if isinstance(data, list):
-        if len(data) != 1:
-            raise InvalidRequest(
-                f"serialized_named_tensors: expected one part, got {len(data)}: each replica is"
-                " one process here, whatever its tensor parallelism"
-            )
-        data = data[0]
+    gpus = edge.engine_args.group.gpus
+    if isinstance(data, list) and len(data) not in {1, gpus}:
+        raise InvalidRequest(
+            f"serialized_named_tensors: expected one part"
+            f"{f', or one for each of the {gpus} GPUs of a replica' if gpus > 1 else ''}, got"
+            f" {len(data)}"
+        )
     if data:
         await edge.everywhere("add_weights", PickledPart(data, body.load_format))
     if body.finished:
@@ -96,11 +96,12 @@ async def init_weights_update_group(body: WeightsGroup, edge: Edge) -> Outcome:
             f" {scale.max_replicas}; set both in the graph's configuration"
         )
     names = sorted(name for name, _ in await edge.everywhere("weight_version"))
-    last = body.rank_offset + len(names)
+    gpus = edge.engine_args.group.gpus
+    last = body.rank_offset + len(names) * gpus
     if last > body.world_size:
         raise InvalidRequest(
-            f"{len(names)} replicas from rank {body.rank_offset} on need a world_size of at least"
-            f" {last}, got {body.world_size}"
+            f"{len(names)} replicas{f' of {gpus} GPUs' if gpus > 1 else ''} from rank"
+            f" {body.rank_offset} on need a world_size of at least {last}, got {body.world_size}"
         )
     spec = GroupSpec(
         body.master_address,

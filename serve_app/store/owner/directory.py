@@ -144,6 +144,7 @@ def open_directory(app: str, args: StoreArgs, timeout_s: float) -> ActorHandle[A
         get_if_exists=True,
         num_cpus=0,
         max_restarts=-1,
+        scheduling_strategy="DEFAULT",  # not in its maker's placement group, which it outlives
         max_task_retries=-1,  # all its calls are idempotent: they wait while it starts elsewhere
     )
 

@@ -1,4 +1,4 @@
-"""Which decoder replica a call goes to; tests/cluster/test_placement.py has real ones."""
+"""Which decoder replica a call goes to; tests/cluster/placement/test_decoders.py has real ones."""
 
 import asyncio
 from types import SimpleNamespace

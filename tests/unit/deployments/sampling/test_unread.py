@@ -1,6 +1,6 @@
 """Whose key ends when a client goes away, and whose must not."""
 
-from serve_app.deployments.rollout.unread import Unread
+from serve_app.deployments.sampling.unread import Unread
 
 
 def test_a_key_ends_whenever_its_client_goes_away() -> None:

@@ -1,8 +1,6 @@
 """LMDeploy replicas in a served graph: both ways of the routes, and a replica that is killed."""
 
-import logging
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,68 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray import serve
-from ray.serve.exceptions import RayServeException
 
 from serve_app import RoutedExpertsClient
 from serve_app.client.served import ENGINE, ServedGraph
-from serve_app.config import EngineArgs, StoreArgs
-from serve_app.deployments.gpus import check_gpus
 from serve_app.deployments.routing.affinity import home_of, session_of
 from serve_app.errors import EngineUnavailable
 from serve_app.records import Record, hash_tokens
-from serve_app.store.owner.directory import remove_actors
 from serve_app.types import GenerateRequest, GenerateResult
 from tests.engine_contract import first_new_token, mixed_requests
-from tests.lmdeploy.conftest import SMALL
-from tests.lmdeploy.replicas import build
-
-ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(
-            address="local",
-            num_cpus=6,
-            object_store_memory=200 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": ROOT, "LMDEPLOY_SKIP_WARMUP": "1"}},
-        )
-        serve.start(proxy_location="Disabled")
-    yield
-    serve.shutdown()  # type: ignore[no-untyped-call]
-    if ours:
-        ray.shutdown()
-
-
-def served(name: str, model: Path, replicas: int = 1, **kwargs: Any) -> RoutedExpertsClient:
-    engine = EngineArgs.model_validate(
-        {
-            "backend": "lmdeploy",
-            "model": str(model),
-            "dtype": "float16",
-            "max_batch_size": 8,
-            "enable_return_routed_experts": True,
-            "enable_transfer_obj_ref": True,
-            "engine_kwargs": {**SMALL, **kwargs},
-            "serve": {"min_replicas": replicas, "max_replicas": replicas, "num_cpus": 0.1},
-        }
-    )
-    store = StoreArgs.model_validate(
-        {"compat_actors": ["lmdeploy"] if "transfer" in kwargs else []}
-    )
-    serve.run(build(engine, store), name=name, route_prefix=None)
-    return RoutedExpertsClient(name)
-
-
-def remove(name: str) -> None:
-    serve.delete(name)
-    remove_actors(name, 30)
+from tests.lmdeploy.served.graphs import remove, served
 
 
 def wanted() -> list[GenerateRequest]:
@@ -181,16 +126,3 @@ def test_a_session_stays_with_its_prefix_cache(sparse: Path) -> None:
     # Three later turns of each talk find all whole blocks of the turn before.
     assert sum(hits) >= 4 * (48 + 80 + 96)
     remove("talks")
-
-
-@pytest.mark.usefixtures("cluster")
-def test_without_gpus_building_the_graph_ends_in_a_sentence(sparse: Path) -> None:
-    asking = {"backend": "lmdeploy", "model": str(sparse), "serve": {"num_gpus": 1}}
-    with pytest.raises(RayServeException, match="asks for 1 GPU a replica and this cluster has 0"):
-        check_gpus(EngineArgs.model_validate(asking))
-    bundles = [{"CPU": 1}, {"GPU": 1}, {"GPU": 1}]
-    asking["serve"] = {"placement_group_bundles": bundles}
-    with pytest.raises(RayServeException, match="asks for 2 GPU a replica"):
-        check_gpus(EngineArgs.model_validate(asking))
-    asking["serve"] = {}
-    check_gpus(EngineArgs.model_validate(asking))

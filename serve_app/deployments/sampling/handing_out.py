@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve_app.config import EngineArgs
-from serve_app.deployments.rollout.answer import Answer, Routes
-from serve_app.deployments.rollout.group_rows import rows_in_common
-from serve_app.deployments.rollout.routes import Earlier, RouteKeys
-from serve_app.deployments.rollout.unread import Unread
+from serve_app.deployments.sampling.answer import Answer, Routes
+from serve_app.deployments.sampling.group_rows import rows_in_common
+from serve_app.deployments.sampling.routes import Earlier, RouteKeys
+from serve_app.deployments.sampling.unread import Unread
 from serve_app.errors import R3Error
 from serve_app.records import part_of
 from serve_app.types import FinishReason, GenerateRequest

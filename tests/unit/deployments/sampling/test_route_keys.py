@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from serve_app.config import StoreArgs
-from serve_app.deployments.rollout.routes import Earlier, RouteKeys
+from serve_app.deployments.sampling.routes import Earlier, RouteKeys
 from serve_app.errors import KeyReleased
 from serve_app.records import Record, hash_tokens, make_record, new_part_of, part_of
 from serve_app.store.base import RecordStore

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from serve_app.deployments.rollout.group_rows import rows_in_common
+from serve_app.deployments.sampling.group_rows import rows_in_common
 from serve_app.records import Record, make_record
 
 

@@ -1,0 +1,1 @@
+"""The ranks of an engine group: data parallel engines that step together, and their driver."""

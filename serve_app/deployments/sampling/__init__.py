@@ -1,0 +1,1 @@
+"""One engine's rollouts: from a request to the key of its record."""
