@@ -97,29 +97,36 @@ class RankGroup:
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
         """Sample one rollout on one rank; the last chunk carries the whole result."""
         with self._choice.sampled(request) as rank:
-            chunks = self._ranks[rank].stream.remote(request)
+            chunks, ended = self._ranks[rank].stream.remote(request), False
             try:
                 async for answer in chunks:
                     chunk = await self._answer(answer)
                     self.sampled[rank] += len(chunk.output_ids)
+                    ended = chunk.result is not None
                     yield chunk
             except RayError as error:
+                ended = True
                 raise _typed(error, self._watch.failed) from None
+            except Exception:
+                ended = True  # refused, or lost: the id may be another request's
+                raise
             finally:
-                ray.cancel(chunks)  # nothing to do where it has ended
+                if not ended:  # a rank runs ahead of its reader, and may have a key already
+                    self._give_up(rank, chunks, request)
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Sample one rollout to its end, on one rank."""
         with self._choice.sampled(request) as rank:
-            result: GenerateResult = await self._awaited(self._ranks[rank].generate.remote(request))
+            call = self._ranks[rank].generate.remote(request)
+            result: GenerateResult = await self._awaited(rank, call, request)
             self.sampled[rank] += len(result.output_ids)
             return result
 
     async def generate_group(self, request: GenerateRequest, n: int) -> list[GenerateResult]:
         """Sample ``n`` rollouts of one prompt on one rank, which has it cached."""
         with self._choice.sampled(request, n) as rank:
-            call = self._ranks[rank].generate_group
-            results: list[GenerateResult] = await self._awaited(call.remote(request, n))
+            call = self._ranks[rank].generate_group.remote(request, n)
+            results: list[GenerateResult] = await self._awaited(rank, call, request, n)
             self.sampled[rank] += sum(len(result.output_ids) for result in results)
             return results
 
@@ -190,13 +197,20 @@ class RankGroup:
                 raise answer
         return answers
 
-    async def _awaited(self, answer: "ray.ObjectRef[T]") -> T:
+    async def _awaited(
+        self, rank: int, answer: "ray.ObjectRef[T]", request: GenerateRequest, n: int = 1
+    ) -> T:
         """Wait for what a rank samples; where nobody waits any more it ends there, too."""
         try:
             return await self._answer(answer)
         except asyncio.CancelledError:
-            ray.cancel(answer)
+            self._give_up(rank, answer, request, n)
             raise
+
+    def _give_up(self, rank: int, answer: Any, request: GenerateRequest, n: int = 1) -> None:
+        """End what a rank samples for nobody, and keys that it has made for nobody."""
+        ray.cancel(answer)
+        self._ranks[rank].abandon.remote(request.request_id, n)
 
     async def _answer(self, answer: "ray.ObjectRef[T]") -> T:
         try:

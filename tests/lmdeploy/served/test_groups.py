@@ -35,13 +35,13 @@ from tests.ports import free_ports
 from tests.trainers_group import broadcast, open_as_rank_0
 
 KINDS: dict[str, dict[str, Any]] = {
-    "tensor parallel": {"tp": 2, "transfer": "lmdeploy", "num_gpu_blocks": 100},
+    "tensor parallel": {"tp": 2, "transfer": "lmdeploy", "num_gpu_blocks": 70},
     "expert parallel": {
         "dp": 2,
         "ep": 2,
         "transfer": "lmdeploy",
         "enable_prefix_caching": True,
-        "num_gpu_blocks": 100,
+        "num_gpu_blocks": 70,
     },
 }
 
@@ -100,7 +100,7 @@ def test_rollouts_that_lose_their_blocks_are_as_if_alone(
 ) -> None:
     name, client = group
     replica = ServedReplica(name)
-    wanted = [_request(300, first, routes=True) for first in range(8)]
+    wanted = [_request(150, first, routes=True) for first in range(16)]
     alone = [client.generate(one) for one in wanted[:2]]
     before = replica.now("recomputed")
     results = client.generate_batch(wanted)
@@ -127,12 +127,13 @@ async def test_weights_come_in_parts_to_the_workers(
     assert taken.version == version + 1
     first = await replica.generate(_request(8))
     (port,) = free_ports(1)
-    spec = GroupSpec("127.0.0.1", port, 1, 3, "policy", "gloo")
+    policy = f"policy of {name}"
+    spec = GroupSpec("127.0.0.1", port, 1, 3, policy, "gloo")
     joining = asyncio.create_task(replica.call("join_weights_group", spec, [name], 60.0))
-    trainer = await asyncio.to_thread(open_as_rank_0, port, "policy", 3)
+    trainer = await asyncio.to_thread(open_as_rank_0, port, policy, 3)
     await joining
     part = BroadcastPart(
-        "policy",
+        policy,
         [each for each, _ in named],
         [str(value.dtype).removeprefix("torch.") for _, value in named],
         [list(value.shape) for _, value in named],
@@ -145,7 +146,7 @@ async def test_weights_come_in_parts_to_the_workers(
         assert await receiving == len(named)
         await replica.call("commit_weights", version + number, name)
         found.append(await replica.generate(_request(8)))
-    await replica.call("leave_weights_group", "policy")
+    await replica.call("leave_weights_group", policy)
     assert [one.weight_version for one in found] == [version + 2, version + 3]
     assert found[0].logprobs != first.logprobs
     assert found[1].output_ids == first.output_ids

@@ -8,12 +8,13 @@ from typing import Any
 
 from lmdeploy.pytorch import envs
 
-from serve_app.engines.lmdeploy.capture.patch import install
-from serve_app.engines.lmdeploy.patching.layers import gather_when_built
-
 
 def adapt(routes: bool) -> None:
     """Change this process's LMDeploy before a model is built; ``routes``: it records experts."""
+    # Importing them compiles kernels, which a process without CUDA has to replace first.
+    from serve_app.engines.lmdeploy.capture.patch import install
+    from serve_app.engines.lmdeploy.patching.layers import gather_when_built
+
     envs.enable_check_env = False  # it starts a process for what the probe request proves
     install()  # without routes, too: it mends models that cannot run at all
     if routes:
