@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= disabled
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-cluster test-lmdeploy check bench k8s k8s-check release clean
+.PHONY: setup demo test check bench k8s k8s-check release clean
 
 setup: $(VENV)/.ready
 
@@ -23,16 +23,10 @@ $(VENV)/.ready: pyproject.toml constraints/cpu.txt constraints/lmdeploy-cpu.txt
 demo: setup
 	$(BIN)/python -m examples.grpo_tiny
 
-# What needs no cluster runs in two processes. Then two clusters side by side, since most of what
-# tests do there is wait for processes to start; LMDeploy on a CPU patches torch in its own.
+# What needs no cluster runs in two processes; LMDeploy on a CPU patches torch in its own.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/graph
-	$(MAKE) --no-print-directory -j2 --output-sync=target test-cluster test-lmdeploy
-
-test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster tests/k8s
-
-test-lmdeploy: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m lmdeploy tests/lmdeploy
 
 check: setup
