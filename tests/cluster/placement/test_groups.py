@@ -18,7 +18,7 @@ from serve_app.config import EngineArgs
 from serve_app.deployments.gpus import check_gpus, live_nodes
 
 APP = "grouped"
-GRAPHS = Path(__file__).parents[2] / "graphs"
+GRAPHS = Path(__file__).parents[3] / "graphs"
 
 
 def engine(model: Path, sizes: dict[str, int], **options: Any) -> EngineArgs:
