@@ -1,5 +1,6 @@
 """New weights: one version a record, and nothing changed by those that do not fit."""
 
+import asyncio
 import re
 from collections.abc import Callable
 
@@ -47,6 +48,19 @@ class WeightUpdates:
         await engine.update_weights(reference.weights(), 8, mode)
         again = await sample(engine, request())
         assert again.ids == plain.ids[: len(again.ids)]
+
+    async def test_an_update_that_nobody_waits_for_any_more_stops_nothing(
+        self, engine: Engine, reference: Reference
+    ) -> None:
+        run = await Started(engine, request(request_id="a", max_new_tokens=LONG)).first()
+        update = await begun(engine, engine.update_weights(reference.weights(), 9, "drain"))
+        update.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await update
+        assert await engine.abort("a") == 1
+        await run.rest()
+        assert engine.weight_version != 9
+        assert (await sample(engine, request())).reason == "length"
 
     @pytest.mark.parametrize(
         ("damage", "message"),

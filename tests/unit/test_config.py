@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from serve_app.config import EngineArgs, RolloutArgs, StoreArgs, StoreGraphArgs
+from tests.group_args import group_engine
 
 GRAPHS = Path(__file__).parents[2] / "graphs"
 
@@ -77,17 +78,6 @@ def test_the_shipped_graph_fits_two_cpus_at_its_largest(tiny_checkpoint: Path) -
     assert args.decoder.serve.max_replicas > 1
 
 
-def lmdeploy(model: Path, engine_kwargs: dict[str, Any], **serve: Any) -> EngineArgs:
-    return EngineArgs.model_validate(
-        {
-            "backend": "lmdeploy",
-            "model": str(model),
-            "engine_kwargs": engine_kwargs,
-            "serve": {"num_cpus": 1, **serve},
-        }
-    )
-
-
 @pytest.mark.parametrize(
     ("engine_kwargs", "ranks", "workers", "strategy"),
     [
@@ -101,7 +91,7 @@ def lmdeploy(model: Path, engine_kwargs: dict[str, Any], **serve: Any) -> Engine
 def test_sizes_alone_make_a_group_and_its_places(
     engine_kwargs: dict[str, Any], ranks: int, workers: int, strategy: str, tiny_checkpoint: Path
 ) -> None:
-    args = lmdeploy(tiny_checkpoint, engine_kwargs, min_replicas=1, max_replicas=3)
+    args = group_engine(tiny_checkpoint, engine_kwargs, min_replicas=1, max_replicas=3)
     gpus = ranks * workers
     assert (args.group.ranks, args.group.workers, args.gpus_per_replica) == (ranks, workers, gpus)
     options = args.deployment()
@@ -112,7 +102,7 @@ def test_sizes_alone_make_a_group_and_its_places(
 
 
 def test_one_gpu_is_no_group(tiny_checkpoint: Path) -> None:
-    args = lmdeploy(tiny_checkpoint, {"tp": 1}, num_gpus=1)
+    args = group_engine(tiny_checkpoint, {"tp": 1}, num_gpus=1)
     assert args.group.alone
     assert args.gpus_per_replica == 1
     assert args.serve.deployment().items() <= args.deployment().items()
@@ -134,7 +124,7 @@ DRIVER, GPU = {"CPU": 1.0}, {"GPU": 1.0, "CPU": 0.5}
 
 def test_places_of_a_group_may_be_given(tiny_checkpoint: Path) -> None:
     given = [DRIVER, GPU, GPU]
-    args = lmdeploy(
+    args = group_engine(
         tiny_checkpoint,
         {"tp": 2},
         placement_group_bundles=given,
@@ -172,4 +162,4 @@ def test_what_does_not_make_a_group_is_named(
     engine_kwargs: dict[str, Any], serve: dict[str, Any], message: str, tiny_checkpoint: Path
 ) -> None:
     with pytest.raises(ValidationError, match=message):
-        lmdeploy(tiny_checkpoint, engine_kwargs, **serve)
+        group_engine(tiny_checkpoint, engine_kwargs, **serve)

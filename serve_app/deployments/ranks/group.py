@@ -190,8 +190,13 @@ class RankGroup:
         """Call all ranks at once, to the end: they may wait for each other. Raise what one did."""
         asked = [getattr(rank, method).remote(*args) for rank in self._ranks]
         waiting = asyncio.gather(*(self._answer(one) for one in asked), return_exceptions=True)
-        async with asyncio.timeout(_CONTROL_S):
-            answers = await asyncio.shield(waiting)
+        try:
+            async with asyncio.timeout(_CONTROL_S):
+                answers = await asyncio.shield(waiting)
+        except TimeoutError:
+            raise EngineUnavailable(
+                f"the ranks of an engine group did not all answer {method} in {_CONTROL_S:g} s"
+            ) from None
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer

@@ -17,11 +17,11 @@ from serve_app.deployments.store import ExpertStore
 from serve_app.engines.base import ModelInfo, Stepping
 from serve_app.engines.lmdeploy.workers.address import Address, free_address
 from serve_app.engines.lmdeploy.workers.seat import Seat
+from serve_app.engines.lmdeploy.workers.watch import LIVENESS
 from serve_app.store.base import RecordStore
 from serve_app.types import GenerateChunk, GenerateRequest, GenerateResult, SleepLevel
 from serve_app.weights.holder import Published, unpack
 
-LIVENESS = "liveness"
 GROUPS = {LIVENESS: 1}
 
 
@@ -44,20 +44,29 @@ class EngineRank:
         self._store = store_args, store, app
         self._load = load
         self._own: OwnEngine | None = None
-        self._rest: AsyncExitStack | None = None
+        self._wrong: str | None = None
+        self._rest: tuple[asyncio.Task[None], AsyncExitStack] | None = None
 
     @ray.method(concurrency_group=LIVENESS)
     def alive(self) -> str | None:
         """Answer, whatever the event loop does; say why this rank serves nothing any more."""
-        return None if self._own is None else self._engine.failed
+        return self._wrong if self._own is None else self._engine.failed
 
     async def address(self) -> Address:
         """Return an address of this node where ranks can meet."""
         return free_address()
 
     async def start(self, seat: Seat) -> ModelInfo:
-        """Load this rank's engine; returns once all ranks have met and theirs serve."""
-        self._own = OwnEngine(self._args, self._connect, functools.partial(self._load, seat=seat))
+        """Load this rank's engine; returns once all ranks have met and theirs serve.
+
+        A rank that cannot says so to the watch, too: the others would wait for it.
+        """
+        load = functools.partial(self._load, seat=seat)
+        try:
+            self._own = OwnEngine(self._args, self._connect, load)
+        except Exception as error:
+            self._wrong = f"it cannot start: {type(error).__name__}: {error}"
+            raise
         await self._own.ready()
         return self._own.info
 
@@ -93,19 +102,24 @@ class EngineRank:
 
     async def rest(self, abort: bool) -> None:
         """Let nothing start, and end what runs or wait for it, until `go_on`."""
-        rest = AsyncExitStack()
-        await rest.enter_async_context(self._engine.resting(abort=abort))
-        self._rest = rest
+        stack = AsyncExitStack()
+        coming = stack.enter_async_context(self._engine.resting(abort=abort))
+        rest = asyncio.create_task(coming)
+        self._rest = rest, stack
+        await rest
 
     async def load(self, weights: Published, version: int) -> None:
         """Serve published weights after the rest; raise `WeightsMismatch` before any is loaded."""
         await self._engine.load(await asyncio.to_thread(unpack, weights), version)
 
     async def go_on(self) -> None:
-        """End the rest. Idempotent."""
-        rest, self._rest = self._rest, None
-        if rest is not None:
-            await rest.aclose()
+        """End the rest, also one that is still to come: its driver waits no more. Idempotent."""
+        if self._rest is None:
+            return
+        (rest, stack), self._rest = self._rest, None
+        rest.cancel()
+        await asyncio.wait([rest])
+        await stack.aclose()
 
     async def sleep(self, level: SleepLevel) -> None:
         """Abort everything and take the weights off the device; returns when all ranks do so."""

@@ -14,32 +14,21 @@ from typer.testing import CliRunner
 
 from serve_app.cli import main
 from serve_app.client.served import ENGINE
-from serve_app.config import EngineArgs
 from serve_app.deployments.gpus import check_gpus, live_nodes
+from tests.group_args import group_engine
 
 APP = "grouped"
 GRAPHS = Path(__file__).parents[3] / "graphs"
-
-
-def engine(model: Path, sizes: dict[str, int], **options: Any) -> EngineArgs:
-    return EngineArgs.model_validate(
-        {
-            "backend": "lmdeploy",
-            "model": str(model),
-            "engine_kwargs": sizes,
-            "serve": {"num_cpus": 1, **options},
-        }
-    )
 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_cluster_without_gpus_is_told_so(tiny_checkpoint: Path) -> None:
     said = "asks for 1 GPU a replica and this cluster has 0: start Ray on a machine with GPUs"
     with pytest.raises(RayServeException, match=said):
-        check_gpus(engine(tiny_checkpoint, {}, num_gpus=1))
+        check_gpus(group_engine(tiny_checkpoint, {}, num_gpus=1))
     with pytest.raises(RayServeException, match="asks for 2 GPU a replica and this cluster has 0"):
-        check_gpus(engine(tiny_checkpoint, {"tp": 2}))
-    check_gpus(engine(tiny_checkpoint, {}))
+        check_gpus(group_engine(tiny_checkpoint, {"tp": 2}))
+    check_gpus(group_engine(tiny_checkpoint, {}))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +54,7 @@ class WhereItIs:
 
 
 def test_a_group_lies_where_its_sizes_say(gpu_nodes: list[str], tiny_checkpoint: Path) -> None:
-    args = engine(tiny_checkpoint, {"dp": 4, "ep": 4})
+    args = group_engine(tiny_checkpoint, {"dp": 4, "ep": 4})
     check_gpus(args)
     deployed = serve.deployment(name=ENGINE, **args.deployment())(WhereItIs)
     handle = serve.run(deployed.bind(), name=APP, route_prefix=None)
@@ -84,11 +73,11 @@ def test_what_finds_no_node_is_refused_and_what_spans_nodes_is_not(
 ) -> None:
     said = "asks for 6 GPU a replica and this cluster has 6: expected 6 GPU and 7 CPU on one node"
     with pytest.raises(RayServeException, match=said) as refused:
-        check_gpus(engine(tiny_checkpoint, {"tp": 6}))
+        check_gpus(group_engine(tiny_checkpoint, {"tp": 6}))
     assert "placement_group_strategy PACK" in str(refused.value)
-    check_gpus(engine(tiny_checkpoint, {"tp": 6}, placement_group_strategy="PACK"))
+    check_gpus(group_engine(tiny_checkpoint, {"tp": 6}, placement_group_strategy="PACK"))
     with pytest.raises(RayServeException, match="8 GPU and 9 CPU over the nodes"):
-        check_gpus(engine(tiny_checkpoint, {"tp": 8}, placement_group_strategy="PACK"))
+        check_gpus(group_engine(tiny_checkpoint, {"tp": 8}, placement_group_strategy="PACK"))
 
 
 def test_what_lacks_is_logged_alone_where_nodes_come_by_themselves(
@@ -98,7 +87,7 @@ def test_what_lacks_is_logged_alone_where_nodes_come_by_themselves(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """KubeRay deploys the application as soon as the head is up: its GPU pods may still start."""
-    large = engine(tiny_checkpoint, {"dp": 8, "ep": 8})
+    large = group_engine(tiny_checkpoint, {"dp": 8, "ep": 8})
     with pytest.raises(RayServeException):
         check_gpus(large)
     monkeypatch.setenv("RAY_NODE_TYPE_NAME", "cpu")  # as KubeRay tells every pod its group

@@ -69,9 +69,9 @@ def test_each_worker_has_a_gpu_and_a_node_of_its_own(
 ) -> None:
     name, client = group
     places = _places(members(name)[-2:])
-    assert len({node for node, _, _ in places}) == 2
+    assert len({node for node, _ in places}) == 2
     head = ray.get_runtime_context().get_node_id()
-    assert head not in {node for node, _, _ in places}
+    assert head not in {node for node, _ in places}
     results = client.generate_batch(mixed_requests(8))
     holding = [shard for shard in client.stats().shards if shard.live_keys]
     ranks = KINDS[name.replace("-", " ")].get("dp", 1)
@@ -197,8 +197,8 @@ def test_two_groups_on_one_node_sample_as_a_single_engine(cluster: Cluster, spar
     client = served("pair", sparse, replicas=2, dp=2, ep=2)
     both = ServedGraph("pair", None, 60).broadcast("actors")
     places = _places([worker for found in both for worker in found[-2:]])
-    assert len({node for node, _, _ in places}) == 1
-    assert len({gpu for _, gpu, _ in places}) == 4
+    assert len({node for node, _ in places}) == 1
+    assert len({gpu for _, gpu in places}) == 4
     wanted = [*mixed_requests(8), *mixed_requests(8)]
     results = client.generate_batch(wanted)
     for one, done in zip([*alone, *alone], results, strict=True):
@@ -216,11 +216,16 @@ async def _alone(path: Path) -> list[Sampled]:
         await engine.stop()
 
 
-def _places(workers: list[Any]) -> list[tuple[str, str, int]]:
-    found: list[tuple[str, str, int]] = ray.get(
-        [worker.identity.remote() for worker in workers], timeout=30
+def _places(workers: list[Any]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = ray.get(
+        [worker.__ray_call__.remote(_place) for worker in workers], timeout=30
     )
     return found
+
+
+def _place(_: Any) -> tuple[str, str]:
+    context = ray.get_runtime_context()
+    return context.get_node_id(), ",".join(context.get_accelerator_ids()["GPU"])
 
 
 def _request(length: int, first: int = 3, *, routes: bool = False) -> GenerateRequest:

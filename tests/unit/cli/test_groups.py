@@ -11,21 +11,10 @@ from typer.testing import CliRunner
 from serve_app.cli import main
 from serve_app.cli.groups import group_text, placed_groups, room_for, serving
 from serve_app.client.served import ENGINE
-from serve_app.config import EngineArgs
 from serve_app.deployments.nodes import Node
+from tests.group_args import group_engine
 
 GRAPHS = Path(__file__).parents[3] / "graphs"
-
-
-def engine(model: Path, sizes: dict[str, int], **serve: Any) -> EngineArgs:
-    return EngineArgs.model_validate(
-        {
-            "backend": "lmdeploy",
-            "model": str(model),
-            "engine_kwargs": sizes,
-            "serve": {"num_cpus": 0.5, **serve},
-        }
-    )
 
 
 @pytest.mark.parametrize(
@@ -64,10 +53,10 @@ def test_validate_counts_the_gpus_of_groups_and_refuses_sizes_that_do_not_fit(
 
 
 def test_fixed_and_large_groups_in_words(tiny_checkpoint: Path) -> None:
-    assert group_text(engine(tiny_checkpoint, {"tp": 2})) == (
+    assert group_text(group_engine(tiny_checkpoint, {"tp": 2})) == (
         "1 replica of 2 GPUs each (tp 2), on one node"
     )
-    assert group_text(engine(tiny_checkpoint, {"dp": 16, "ep": 16})).endswith(
+    assert group_text(group_engine(tiny_checkpoint, {"dp": 16, "ep": 16})).endswith(
         "(dp 16, ep 16), on as few nodes as it takes"
     )
 
@@ -95,7 +84,7 @@ def test_doctor_judges_a_clusters_room_for_groups(
     found: str,
     tiny_checkpoint: Path,
 ) -> None:
-    args = engine(tiny_checkpoint, sizes, min_replicas=1, max_replicas=2)
+    args = group_engine(tiny_checkpoint, sizes, min_replicas=1, max_replicas=2)
     all_of, left = (
         [Node(name, {"GPU": n, "CPU": 64}) for name, n in zip("ab", many, strict=True)]
         for many in (there, free)
@@ -104,12 +93,12 @@ def test_doctor_judges_a_clusters_room_for_groups(
     assert (finding.what, finding.verdict) == ("engine of rollout", verdict)
     assert found in finding.found
     if verdict == "wrong":
-        assert "expected 4 GPU and 4.5 CPU on one node" in finding.advice
+        assert "expected 4 GPU and 5 CPU on one node" in finding.advice
     assert bool(finding.advice) == (verdict != "ok")
 
 
 def test_fewer_than_the_least_is_wrong(tiny_checkpoint: Path) -> None:
-    args = engine(tiny_checkpoint, {"tp": 4}, min_replicas=2, max_replicas=2)
+    args = group_engine(tiny_checkpoint, {"tp": 4}, min_replicas=2, max_replicas=2)
     nodes = [Node("a", {"GPU": 4, "CPU": 64})]
     finding = room_for("rollout", args, nodes, nodes, False)
     assert finding.verdict == "wrong"

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import EngineArgs
 from serve_app.deployments.gpus import unplaceable
 from serve_app.deployments.nodes import Node, amounts, lacking, replicas_on
 from serve_app.serve_options import ServeOptions
+from tests.group_args import group_engine
 
 FOUR = ({"CPU": 1.0}, *4 * ({"GPU": 1.0, "CPU": 1.0},))
 
@@ -81,17 +81,6 @@ def test_resources_of_any_kind_count() -> None:
     assert amounts({}) == "nothing"
 
 
-def engine(model: Path, sizes: dict[str, int], **serve: Any) -> EngineArgs:
-    return EngineArgs.model_validate(
-        {
-            "backend": "lmdeploy",
-            "model": str(model),
-            "engine_kwargs": sizes,
-            "serve": {"num_cpus": 1, **serve},
-        }
-    )
-
-
 @pytest.mark.parametrize(
     ("sizes", "there", "said"),
     [
@@ -123,15 +112,15 @@ def engine(model: Path, sizes: dict[str, int], **serve: Any) -> EngineArgs:
 def test_what_a_cluster_lacks_for_a_group_is_said_with_what_to_do(
     sizes: dict[str, int], there: list[tuple[float, float]], said: str, tiny_checkpoint: Path
 ) -> None:
-    args = engine(tiny_checkpoint, sizes)
+    args = group_engine(tiny_checkpoint, sizes)
     assert unplaceable(args, nodes(*there)) == said
     assert unplaceable(args, nodes(*there, (16, 32))) == ""
 
 
 def test_a_cluster_without_gpus_is_told_so_first(tiny_checkpoint: Path) -> None:
-    said = unplaceable(engine(tiny_checkpoint, {}, num_gpus=1), nodes((0, 8)))
+    said = unplaceable(group_engine(tiny_checkpoint, {}, num_gpus=1), nodes((0, 8)))
     assert said.startswith(
         "engine.serve asks for 1 GPU a replica and this cluster has 0: start Ray"
     )
-    few = unplaceable(engine(tiny_checkpoint, {}, num_gpus=1), nodes((1, 0.5)))
+    few = unplaceable(group_engine(tiny_checkpoint, {}, num_gpus=1), nodes((1, 0.5)))
     assert "expected 1 GPU and 1 CPU on one node, the largest has 1 GPU and 0.5 CPU" in few

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from serve_app.engines.lmdeploy.workers.seat import Seat
 from serve_app.engines.lmdeploy.workers.watch import Watch
 from serve_app.engines.lmdeploy.workers.worker import GROUPS, GroupWorker
+from serve_app.errors import EngineUnavailable
 
 _STOP_S = 10.0
 
@@ -54,16 +55,16 @@ class GroupExecutor(RayExecutor):  # type: ignore[misc]
         self._inputs_taken: list[Any] = []
         try:
             super().__init__(**fields)
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            self._give_up(error)
             raise
 
     def init(self) -> None:
         """Load the model into the workers."""
         try:
             super().init()
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            self._give_up(error)
             raise
         self.watch.up()
 
@@ -93,6 +94,13 @@ class GroupExecutor(RayExecutor):  # type: ignore[misc]
     def release(self) -> None:
         """End the workers."""
         self._end()
+
+    def _give_up(self, error: BaseException) -> None:
+        """End what there is; where the watch knows better why, raise that."""
+        why = self.watch.failed if hasattr(self, "watch") else None
+        self._end()
+        if why is not None:
+            raise EngineUnavailable(f"LMDeploy's workers did not start: {why}") from error
 
     def _end(self) -> None:
         if hasattr(self, "watch"):

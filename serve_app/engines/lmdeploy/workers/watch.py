@@ -15,6 +15,9 @@ from ray.exceptions import GetTimeoutError, RayError
 
 logger = logging.getLogger(__name__)
 
+LIVENESS = "liveness"
+"""The concurrency group that an actor's ``alive`` belongs to: a thread of its own."""
+
 _PERIOD_S = 1.0
 
 

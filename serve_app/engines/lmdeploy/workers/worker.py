@@ -3,7 +3,6 @@
 Imports LMDeploy's Ray executor: load it when that executor is chosen.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,8 @@ from lmdeploy.pytorch.engine.executor.ray_executor import RayWorkerWrapper
 
 from serve_app.engines.lmdeploy.patching.adapting import adapt, adapt_agent
 from serve_app.engines.lmdeploy.workers.address import Address, free_address
+from serve_app.engines.lmdeploy.workers.watch import LIVENESS
 
-LIVENESS = "liveness"
 ASIDE = "aside"
 GROUPS = {LIVENESS: 1, ASIDE: 1}
 """Threads of a worker beside the one that runs the model: who is asked there is never behind it."""
@@ -22,9 +21,19 @@ GROUPS = {LIVENESS: 1, ASIDE: 1}
 class GroupWorker(RayWorkerWrapper):  # type: ignore[misc]  # lmdeploy is untyped
     """A worker of an engine group. All that we change in workers comes in here, or by `run`."""
 
+    _wrong: str | None = None
+
     def __init__(self, **fields: Any) -> None:
         adapt(fields["misc_config"].enable_return_routed_experts)
         super().__init__(**fields)
+
+    def init_process_group(self, *where: Any) -> None:
+        """Meet the other ranks. One that cannot says so to the watch: the others would wait."""
+        try:
+            super().init_process_group(*where)
+        except Exception as error:
+            self._wrong = f"it cannot meet the others: {type(error).__name__}: {error}"
+            raise
 
     def build_model(self) -> None:
         """Build this GPU's part of the model, and change its agent."""
@@ -34,13 +43,7 @@ class GroupWorker(RayWorkerWrapper):  # type: ignore[misc]  # lmdeploy is untype
     @ray.method(concurrency_group=LIVENESS)
     def alive(self) -> str | None:
         """Answer; a process that is stopped does not. None: nothing is wrong."""
-        return None
-
-    def identity(self) -> tuple[str, str, int]:
-        """Return this worker's node, its GPU's name there, and its process."""
-        context = ray.get_runtime_context()
-        gpus = context.get_accelerator_ids().get("GPU", [])
-        return context.get_node_id(), ",".join(map(str, gpus)), os.getpid()
+        return self._wrong
 
     def address(self) -> Address:
         """Return an address of this node where ranks can meet."""
