@@ -28,6 +28,11 @@ ENGINE = {
     "r3serve_engine_weight_version": Instrument("gauge", "Version that the replica samples with."),
     "r3serve_engine_weight_update_seconds": Instrument("seconds", "Time to take new weights."),
 }
+RANKS = {
+    "r3serve_rank_output_tokens_total": Instrument(
+        "counter", "Tokens sampled by each rank of an engine group.", ("rank",)
+    ),
+}
 DECODER = {
     "r3serve_decoder_answers_total": Instrument("counter", "Batches answered."),
     "r3serve_decoder_answer_bytes_total": Instrument("counter", "Bytes of ids in them."),
@@ -99,6 +104,19 @@ class EngineMetrics:
         self._instruments.set("r3serve_engine_weight_version", result.version)
         self._instruments.took("r3serve_engine_weight_update_seconds", result.seconds)
         log_event("weights", version=result.version, seconds=round(result.seconds, 3))
+
+
+class RankMetrics:
+    """Reports what the ranks of one engine group sample; ``tokens`` of each so far."""
+
+    def __init__(self) -> None:
+        self._instruments = Instruments(RANKS)
+        self.tokens = Counter[int]()
+
+    def sampled(self, rank: int, tokens: int) -> None:
+        """Report tokens that a rank has sampled."""
+        self.tokens[rank] += tokens
+        self._instruments.count("r3serve_rank_output_tokens_total", tokens, rank=f"{rank}")
 
 
 class DecoderMetrics:

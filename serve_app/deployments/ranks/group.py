@@ -1,7 +1,6 @@
 """The driver of an engine group with several ranks: one `Rollouts` made of theirs."""
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import EngineArgs, StoreArgs
+from serve_app.deployments.metrics import RankMetrics
 from serve_app.deployments.ranks.choosing import Choice
 from serve_app.deployments.ranks.placing import place_ranks
 from serve_app.deployments.sampling.inboxes import WorkersInbox
@@ -74,7 +74,7 @@ class RankGroup:
         self._info: ModelInfo = infos[0]
         self._workers = [worker for own in workers for worker in own]
         self._choice = Choice(len(self._ranks))
-        self.sampled = Counter[int]()  # tokens, by rank
+        self.metrics = RankMetrics()
         self._version = 0
         self._sleep_level: SleepLevel | None = None
         self._changing = asyncio.Lock()
@@ -101,7 +101,7 @@ class RankGroup:
             try:
                 async for answer in chunks:
                     chunk = await self._answer(answer)
-                    self.sampled[rank] += len(chunk.output_ids)
+                    self.metrics.sampled(rank, len(chunk.output_ids))
                     ended = chunk.result is not None
                     yield chunk
             except RayError as error:
@@ -119,7 +119,7 @@ class RankGroup:
         with self._choice.sampled(request) as rank:
             call = self._ranks[rank].generate.remote(request)
             result: GenerateResult = await self._awaited(rank, call, request)
-            self.sampled[rank] += len(result.output_ids)
+            self.metrics.sampled(rank, len(result.output_ids))
             return result
 
     async def generate_group(self, request: GenerateRequest, n: int) -> list[GenerateResult]:
@@ -127,7 +127,7 @@ class RankGroup:
         with self._choice.sampled(request, n) as rank:
             call = self._ranks[rank].generate_group.remote(request, n)
             results: list[GenerateResult] = await self._awaited(rank, call, request, n)
-            self.sampled[rank] += sum(len(result.output_ids) for result in results)
+            self.metrics.sampled(rank, sum(len(result.output_ids) for result in results))
             return results
 
     async def abort(self, request_id: str | None) -> int:

@@ -63,7 +63,7 @@ class CpuEngine(InferenceEngine):
 
     async def sampled(self) -> dict[int, int]:
         """Return how many tokens each rank has sampled."""
-        return dict(cast(RankGroup, self._rollouts).sampled)
+        return dict(cast(RankGroup, self._rollouts).metrics.tokens)
 
     async def sleep_level(self) -> int | None:
         """Return how deep it sleeps."""

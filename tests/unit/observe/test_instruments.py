@@ -13,6 +13,7 @@ from serve_app.client.metrics import LABELS, MASKED
 from serve_app.deployments.metrics import (
     DECODER,
     ENGINE,
+    RANKS,
     STORE,
     DecoderAnswer,
     DecoderMetrics,
@@ -26,7 +27,7 @@ from serve_app.types import GenerateResult
 from tests.k8s.dashboard import dashboard_names, queries
 
 DOCS = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
-OURS: Declared = {**ENGINE, **DECODER, **STORE, **INGRESS}
+OURS: Declared = {**ENGINE, **RANKS, **DECODER, **STORE, **INGRESS}
 SHARDS = {metric_name(field) for field in (*GAUGES, *COUNTERS)} | {LATENCY}
 
 
