@@ -1,7 +1,8 @@
 """The awaited client: generation uses no thread, store calls use one each."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ import numpy.typing as npt
 
 from serve_app.client.blocking import RoutedExpertsClient
 from serve_app.client.requests import failed
-from serve_app.client.served import Handles, ServedGraph, await_answer
+from serve_app.client.rollouts import RolloutCalls
+from serve_app.client.served import Handles, ServedGraph
 from serve_app.errors import R3Error
 from serve_app.records import Record
 from serve_app.store.snapshot import Progress, SnapshotReport
@@ -45,18 +47,15 @@ class AsyncRoutedExpertsClient:
         self._sync = RoutedExpertsClient(
             app, timeout_s=timeout_s, generate_timeout_s=generate_timeout_s, handles=handles
         )
-        self._graph = ServedGraph(app, handles, timeout_s)
+        self._rollouts = RolloutCalls(ServedGraph(app, handles, timeout_s))
         self._generate_timeout_s = generate_timeout_s
 
     async def generate(
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> GenerateResult:
         """See `RoutedExpertsClient.generate`."""
-        engine = await self._graph.engine_async()
-        result: GenerateResult = await await_answer(
-            engine.generate.remote(request), timeout_s or self._generate_timeout_s
-        )
-        return result
+        limit = timeout_s or self._generate_timeout_s
+        return await self._rollouts.generate_async(request, limit)
 
     async def generate_batch(
         self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None
@@ -75,18 +74,17 @@ class AsyncRoutedExpertsClient:
         self, request: GenerateRequest, n: int, *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """See `RoutedExpertsClient.generate_group`."""
-        engine = await self._graph.engine_async()
-        results: list[GenerateResult] = await await_answer(
-            engine.generate_group.remote(request, n), timeout_s or self._generate_timeout_s
-        )
-        return results
+        limit = timeout_s or self._generate_timeout_s
+        return await self._rollouts.generate_group_async(request, n, limit)
 
     async def stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None
-    ) -> AsyncIterator[GenerateChunk]:
+    ) -> AsyncGenerator[GenerateChunk, None]:
         """See `RoutedExpertsClient.stream`."""
-        async for chunk in self._graph.astream(request, timeout_s or self._generate_timeout_s):
-            yield chunk
+        limit = timeout_s or self._generate_timeout_s
+        async with aclosing(self._rollouts.stream_async(request, limit)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def abort(self, request_id: str | None = None, *, all: bool = False) -> int:
         """See `RoutedExpertsClient.abort`."""

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from serve_app.client.keys import Key
 from serve_app.client.reading import Reader
-from serve_app.client.requests import failed, which
-from serve_app.client.served import Handles, ServedGraph, wait_answer
+from serve_app.client.requests import which
+from serve_app.client.rollouts import RolloutCalls
+from serve_app.client.served import Handles, ServedGraph
 from serve_app.continuing import put_continued
-from serve_app.errors import R3Error
 from serve_app.records import Record, Rows, Track, make_record
 from serve_app.store.access.archive import restore, save
 from serve_app.store.snapshot import Progress, SnapshotReport
@@ -66,6 +66,7 @@ class RoutedExpertsClient:
         handles: Handles | None = None,
     ) -> None:
         self._graph = ServedGraph(app, handles, timeout_s)
+        self._rollouts = RolloutCalls(self._graph)
         self._reader = Reader(self._graph)
         self._generate_timeout_s = generate_timeout_s
         self._prefetcher: ThreadPoolExecutor | None = None
@@ -78,24 +79,13 @@ class RoutedExpertsClient:
         Raises `InvalidRequest`, `EngineOverloaded`, or `EngineUnavailable` when no replica
         answered in time or the one that sampled died; never retries.
         """
-        result: GenerateResult = wait_answer(
-            self._graph.engine.generate.remote(request), timeout_s or self._generate_timeout_s
-        )
-        return result
+        return self._rollouts.generate(request, timeout_s or self._generate_timeout_s)
 
     def generate_batch(
         self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """Sample many rollouts at once; a failed one has finish reason ``error`` and says why."""
-        engine, limit = self._graph.engine, timeout_s or self._generate_timeout_s
-        answers = [engine.generate.remote(request) for request in requests]
-        results: list[GenerateResult] = []
-        for request, answer in zip(requests, answers, strict=True):
-            try:
-                results.append(wait_answer(answer, limit))
-            except R3Error as error:
-                results.append(failed(request, error))
-        return results
+        return self._rollouts.generate_batch(requests, timeout_s or self._generate_timeout_s)
 
     def generate_group(
         self, request: GenerateRequest, n: int, *, timeout_s: float | None = None
@@ -104,17 +94,13 @@ class RoutedExpertsClient:
 
         The prompt is processed once, and its rows are stored once. Raises as `generate` does.
         """
-        results: list[GenerateResult] = wait_answer(
-            self._graph.engine.generate_group.remote(request, n),
-            timeout_s or self._generate_timeout_s,
-        )
-        return results
+        return self._rollouts.generate_group(request, n, timeout_s or self._generate_timeout_s)
 
     def stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> Iterator[GenerateChunk]:
         """Sample one rollout and yield tokens as they come; closing the iterator aborts it."""
-        yield from self._graph.stream(request, timeout_s or self._generate_timeout_s)
+        yield from self._rollouts.stream(request, timeout_s or self._generate_timeout_s)
 
     def abort(self, request_id: str | None = None, *, all: bool = False) -> int:
         """Abort one rollout, or all on every replica; return how many were under way."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,7 +85,9 @@ class ServedGraph:
             return await asyncio.to_thread(lambda: self.engine)
         return self.engine
 
-    def stream(self, request: GenerateRequest, timeout_s: float) -> Iterator[GenerateChunk]:
+    def stream(
+        self, request: GenerateRequest, timeout_s: float
+    ) -> Generator[GenerateChunk, None, None]:
         """Yield one rollout's chunks; Serve's own iterator knows no timeout, so a thread waits."""
         deadline = time.monotonic() + timeout_s
         chunks = self.engine.options(stream=True).stream.remote(request)
@@ -237,10 +239,15 @@ def engine_error(error: BaseException, timeout_s: float) -> R3Error:
     if isinstance(error, RayTaskError):
         raise error
     if isinstance(error, (TimeoutError, RayActorError, TaskCancelledError, RayServeException)):
-        timed_out = isinstance(error, TimeoutError)
-        why = f"no answer within {timeout_s} s" if timed_out else line(error)
-        return EngineUnavailable(f"no engine replica answered: {why}")
+        if isinstance(error, TimeoutError):
+            return no_answer(timeout_s)
+        return EngineUnavailable(f"no engine replica answered: {line(error)}")
     raise error
+
+
+def no_answer(timeout_s: float) -> EngineUnavailable:
+    """Return the error of a call that took too long."""
+    return EngineUnavailable(f"no engine replica answered: no answer within {timeout_s} s")
 
 
 def _failures() -> tuple[type[Exception], ...]:

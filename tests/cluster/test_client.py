@@ -1,9 +1,12 @@
 """Both clients against the served graph, from everywhere a trainer may call."""
 
+import asyncio
 import os
 import signal
 import threading
 import time
+from collections.abc import Generator
+from contextlib import aclosing, suppress
 from typing import Any, cast
 
 import numpy as np
@@ -31,6 +34,7 @@ from serve_app.errors import (
     WeightsMismatch,
 )
 from tests.cluster.conftest import APP, HTTP_PORT
+from tests.eventually import eventually
 from tests.store_contract import LARGE, MakeStore, record
 
 
@@ -78,6 +82,40 @@ async def whole_job_async(client: AsyncRoutedExpertsClient) -> list[int]:
     with pytest.raises(KeyReleased):
         await client.get(keys[0])
     return list(local.ids.shape)
+
+
+def test_a_stream_that_is_left_leaves_no_key(client: RoutedExpertsClient) -> None:
+    before = client.stats().live_keys
+    chunks = client.stream(request())
+    assert next(iter(chunks)).result is None
+    assert eventually(
+        lambda: client.stats().live_keys > before
+    )  # the engine runs ahead of its reader
+    cast(Generator[Any, None, None], chunks).close()
+    assert client.stats().live_keys == before
+
+
+async def test_nor_does_one_that_is_awaited(client: RoutedExpertsClient) -> None:
+    before = (await asyncio.to_thread(client.stats)).live_keys
+    async with aclosing(AsyncRoutedExpertsClient(APP).stream(request())) as chunks:
+        assert (await anext(chunks)).result is None
+        assert await asyncio.to_thread(eventually, lambda: client.stats().live_keys > before)
+    assert (await asyncio.to_thread(client.stats)).live_keys == before
+
+
+def test_what_came_too_late_leaves_no_key_either(client: RoutedExpertsClient) -> None:
+    """Given up at any moment: while it samples, while its record is put, when its key is there."""
+    before = client.stats().live_keys
+    for number in range(20):
+        late = request(request_id=f"late-{number}", max_new_tokens=2)
+        with suppress(EngineUnavailable):
+            result = client.generate(late, timeout_s=0.004 * number)
+            client.release([str(result.routed_experts)])
+    late_batch = [request(request_id=f"late-too-{number}") for number in range(8)]
+    results = client.generate_batch(late_batch, timeout_s=0.01)
+    assert "no answer within" in str(results[-1].error)
+    client.release([str(result.routed_experts) for result in results if result.routed_experts])
+    assert eventually(lambda: client.stats().live_keys == before)
 
 
 class Trainer:

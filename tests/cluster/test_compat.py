@@ -4,8 +4,7 @@ import asyncio
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.cluster.conftest import Open
 from tests.cluster.nodes.actors import pid_of
 from tests.cluster.test_cli import output
 from tests.distinct_ids import distinct_ids
+from tests.eventually import eventually
 from tests.store_contract import LARGE, SMALL, MakeStore, expire, read, record
 
 
@@ -50,13 +50,6 @@ def upstreams(cluster: Cluster) -> Iterator[Any]:
 def routes(shape: tuple[int, int, int] = LARGE, dtype: str = "uint16", seed: int = 0) -> Any:
     ids: npt.NDArray[Any] = distinct_ids(shape, 128, seed).astype(dtype)
     return ids
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline, tick = time.monotonic() + 30, threading.Event()
-    while not true():
-        assert time.monotonic() < deadline, what
-        tick.wait(0.05)
 
 
 def is_gone(namespace: str) -> bool:
@@ -198,7 +191,7 @@ def test_destroy_removes_it(open_store: Open, cluster: Cluster, tmp_path: Path) 
     ray.get(actor.put.remote(routes()))
     said = output(["r3serve", "store", "destroy", "compat", "--address", cluster.address], tmp_path)
     assert "removed 3 actors" in said
-    wait_until(lambda: is_gone("lmdeploy"), "shared_store is still there")
+    assert eventually(lambda: is_gone("lmdeploy")), "shared_store is still there"
 
 
 def test_it_leaves_with_its_application_once_no_shard_is_left(open_store: Open) -> None:
@@ -209,7 +202,7 @@ def test_it_leaves_with_its_application_once_no_shard_is_left(open_store: Open) 
         assert not tick.wait(0.1)
         assert not is_gone("lmdeploy")
     store.release([key])
-    wait_until(lambda: is_gone("lmdeploy"), "shared_store did not leave")
+    assert eventually(lambda: is_gone("lmdeploy")), "shared_store did not leave"
 
 
 def test_the_store_graph_opens_what_it_is_told_and_closes_the_rest(cluster: Cluster) -> None:
@@ -223,7 +216,7 @@ def test_the_store_graph_opens_what_it_is_told_and_closes_the_rest(cluster: Clus
         dropped: Any = ray.get_actor("shared_store", namespace="lmdeploy")
         keys = [ray.get(actor.put.remote(routes())) for actor in (kept, dropped)]
         deploy("sglang")
-        wait_until(lambda: is_gone("lmdeploy"), "shared_store is still in lmdeploy")
+        assert eventually(lambda: is_gone("lmdeploy")), "shared_store is still in lmdeploy"
         for key in keys:
             np.testing.assert_array_equal(RoutedExpertsClient("beside").get(key).ids, routes())
             np.testing.assert_array_equal(ray.get(kept.get.remote(key)), routes())

@@ -6,7 +6,7 @@ import json
 import pickle
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from serve_app.config import RolloutArgs
 from serve_app.weights.holder import newest_weights
 from serve_app.wire.formats.ours import from_bytes
 from tests.cluster.conftest import HTTP_PORT, ROLLOUT_YAML
+from tests.eventually import eventually
 from tests.ports import free_ports
 from tests.trainers_group import broadcast, open_as_rank_0
 from tests.xtuner_client import Rollout, XtunerWorker, sample_params
@@ -77,14 +78,6 @@ def everywhere(method: str) -> list[Any]:
     answers = ServedGraph("two", None, 60).broadcast(method)
     assert len(answers) == 2
     return answers
-
-
-def eventually(true: Callable[[], bool]) -> bool:
-    for _ in range(600):
-        if true():
-            return True
-        threading.Event().wait(0.05)
-    return False
 
 
 def test_the_whole_way_with_real_clients(two: RoutedExpertsClient, tmp_path: Path) -> None:

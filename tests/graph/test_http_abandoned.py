@@ -3,8 +3,6 @@
 import asyncio
 import json
 import socket
-import threading
-from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import httpx
@@ -15,19 +13,11 @@ from serve_app import GenerateRequest
 from serve_app.deployments.sampling.unread import Unread
 from serve_app.ingress.edge.abandonment import Client, ClientGone
 from serve_app.ingress.edge.edge import Ingress
+from tests.eventually import eventually
 from tests.graph.conftest import MODEL
 from tests.http_server import LocalGraph, listening
 
 ROUTES = {"return_routed_experts": True, "ignore_eos": True, "max_tokens": 480}
-
-
-def eventually(true: Callable[[], bool]) -> bool:
-    """Wait until something holds that other threads bring about."""
-    for _ in range(500):
-        if true():
-            return True
-        threading.Event().wait(0.02)
-    return False
 
 
 def cut_off(url: str, path: str, body: bytes, *, after: bytes) -> None:

@@ -16,6 +16,7 @@ from serve_app import RoutedExpertsClient
 from serve_app.errors import EngineUnavailable, RoutesLost
 from serve_app.records import Record
 from serve_app.types import GenerateRequest, GenerateResult
+from tests.eventually import eventually
 from tests.lmdeploy.served.replicas import members, pid_of
 
 REPLACED_S = 120.0
@@ -154,7 +155,4 @@ def _until_served(
 
 
 def _until(true: Callable[[], bool], what: str) -> None:
-    ends = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < ends, f"{what}: {actors_alive()}, {placement_groups()}"
-        time.sleep(0.2)
+    assert eventually(true), f"{what}: {actors_alive()}, {placement_groups()}"

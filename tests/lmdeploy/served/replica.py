@@ -7,7 +7,8 @@ from typing import Any
 import ray
 from ray import serve
 
-from serve_app.client.served import ENGINE, engine_error
+from serve_app.client.rollouts import RolloutCalls
+from serve_app.client.served import ENGINE, ServedGraph, engine_error
 from serve_app.errors import R3Error
 from serve_app.types import GenerateChunk, GenerateRequest, GenerateResult, UpdateMode
 from serve_app.weights.holder import Packed
@@ -19,25 +20,17 @@ class ServedReplica:
     """The engine replicas of an application; where there are several, Serve chooses."""
 
     def __init__(self, app: str) -> None:
+        self._rollouts = RolloutCalls(ServedGraph(app, None, TIMEOUT_S))
         self._handle: Any = serve.get_deployment_handle(ENGINE, app).options(_by_reference=True)
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
-        stream = self._handle.options(stream=True).stream.remote(request)
-        try:
-            async for chunk in stream:
-                yield chunk
-        except Exception as error:  # noqa: BLE001  (told apart by `_typed`)
-            raise _typed(error) from None
-        finally:
-            stream.cancel()
+    def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
+        return self._rollouts.stream_async(request, TIMEOUT_S)
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        result: GenerateResult = await self.call("generate", request)
-        return result
+        return await self._rollouts.generate_async(request, TIMEOUT_S)
 
     async def generate_group(self, request: GenerateRequest, n: int) -> list[GenerateResult]:
-        results: list[GenerateResult] = await self.call("generate_group", request, n)
-        return results
+        return await self._rollouts.generate_group_async(request, n, TIMEOUT_S)
 
     async def abort(self, request_id: str | None = None) -> int:
         return int(await self.call("abort", request_id))
