@@ -1,6 +1,7 @@
 """What only the LMDeploy engine promises, on the real engine."""
 
 import asyncio
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,6 +164,23 @@ async def test_sixty_four_at_once_are_each_as_alone(
         check_rows(rollout.record, one.input_ids, rollout.ids, engine)
         experts = experts_of(plain, [*one.input_ids, *rollout.ids])
         assert agreement(rollout.record, experts) == 1.0
+
+
+async def test_rows_are_taken_in_no_call_that_may_be_cancelled(make_engine: MakeEngine) -> None:
+    """One rollout begins when another one ends, and Ray cancels what a cancelled call called."""
+    engine = make_engine(max_batch_size=2)
+    slots: Any = cast(LmdeployEngine, engine)._slots
+    call: ContextVar[str | None] = ContextVar("call", default=None)
+    take, calls = slots._take_array, list[str | None]()
+
+    async def taking(rows: Any) -> Any:
+        calls.append(call.get())
+        return await take(rows)
+
+    slots._take_array = taking
+    call.set("a rollout's")
+    await asyncio.gather(*(sample(engine, one) for one in mixed_requests(6)))
+    assert calls == [None] * 6
 
 
 async def test_an_update_of_the_checkpoints_own_names_is_taken_too(

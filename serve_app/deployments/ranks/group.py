@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -215,7 +216,8 @@ class RankGroup:
     def _give_up(self, rank: int, answer: Any, request: GenerateRequest, n: int = 1) -> None:
         """End what a rank samples for nobody, and keys that it has made for nobody."""
         ray.cancel(answer)
-        self._ranks[rank].abandon.remote(request.request_id, n)
+        # Not as a part of the call that is being cancelled: Ray would cancel this, too.
+        Context().run(self._ranks[rank].abandon.remote, request.request_id, n)
 
     async def _answer(self, answer: "ray.ObjectRef[T]") -> T:
         try:

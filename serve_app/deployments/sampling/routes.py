@@ -1,9 +1,11 @@
 """Records of finished rollouts on their way into the store: keys, and what they continue."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from contextvars import Context
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from serve_app.continuing import (
     captured,
@@ -19,6 +21,8 @@ from serve_app.records import ALL_TRACKS, Ids, Record, RecordMeta, new_part_of
 from serve_app.store.base import RecordStore
 from serve_app.store.keys import shorten
 from serve_app.types import GenerateRequest, OnDivergence
+
+T = TypeVar("T")
 
 _AT_ONCE_BYTES = 256 << 10
 
@@ -96,7 +100,7 @@ class RouteKeys:
         If the caller is cancelled, what was put by then is released: nobody will ever know its
         key.
         """
-        put = asyncio.ensure_future(self._put(request, record, earlier))
+        put = _apart(self._put(request, record, earlier))
         try:
             return await asyncio.shield(put)
         except asyncio.CancelledError:
@@ -116,8 +120,8 @@ class RouteKeys:
         return found[-1].ids
 
     async def release(self, keys: Sequence[str]) -> None:
-        """End keys that nobody will read."""
-        await asyncio.to_thread((await self._found()).release, keys)
+        """End keys that nobody will read, even if the caller is cancelled meanwhile."""
+        await asyncio.shield(_apart(self._release(keys)))
 
     @asynccontextmanager
     async def shared_rows(
@@ -159,6 +163,9 @@ class RouteKeys:
             if near:
                 await asyncio.to_thread(store.release, near)
 
+    async def _release(self, keys: Sequence[str]) -> None:
+        await asyncio.to_thread((await self._found()).release, keys)
+
     async def _new_part(self, record: Record, covered: int) -> Record:
         """Cut off what is covered; here if that is little work, since a thread takes longer."""
         new = max(record.meta.stop - covered, 1)
@@ -191,6 +198,11 @@ class RouteKeys:
     def _release_unread(self, put: "asyncio.Future[str]") -> None:
         if not put.cancelled() and put.exception() is None and self._store is not None:
             asyncio.get_running_loop().run_in_executor(None, self._store.release, [put.result()])
+
+
+def _apart(work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+    """Begin work that is not its caller's alone: Ray cancels what a cancelled call has called."""
+    return asyncio.create_task(work, context=Context())
 
 
 def _check_model(meta: RecordMeta, info: ModelInfo, key: str) -> None:

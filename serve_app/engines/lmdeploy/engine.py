@@ -9,6 +9,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import Context
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,7 +244,7 @@ class LmdeployEngine(AnsweringEngine[Rollout]):
 
     def _start(self) -> "asyncio.Task[None]":
         if self._starting is None:
-            self._starting = asyncio.create_task(self._begin())
+            self._starting = asyncio.create_task(self._begin(), context=Context())
         return self._starting
 
     async def _begin(self) -> None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,10 @@ class Slots:
     def _fill(self) -> None:
         while not self._closed and self._queue and len(self._running) < self._limits.running:
             rollout = self._queue.popleft()
-            self._running[rollout] = asyncio.create_task(self._drive(rollout))
+            # In nobody's context: it begins in the call of another rollout as well, and Ray cancels
+            # what a cancelled call has called. LMDeploy may put the rows, and they are fetched.
+            driving = asyncio.create_task(self._drive(rollout), context=Context())
+            self._running[rollout] = driving
 
     async def _drive(self, rollout: Rollout) -> None:
         rows = None

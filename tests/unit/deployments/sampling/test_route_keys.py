@@ -1,5 +1,10 @@
 """What of a rollout's record is stored, and under which parent."""
 
+import asyncio
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,6 +16,7 @@ from serve_app.store.base import RecordStore
 from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import GenerateRequest
 from tests.distinct_ids import distinct_ids
+from tests.eventually import eventually
 
 TOKENS = list(range(100, 115))
 
@@ -103,3 +109,46 @@ def test_rows_that_mean_nothing_stay_marked() -> None:
     marked = make_record(np.zeros((4, 1, 1), np.uint8), num_experts=2, valid=valid)
     assert new_part_of(marked, 1).valid.tolist() == [False, True, False]
     assert part_of(marked, 0, 3).valid.tolist() == [True, False, True]
+
+
+CALL: ContextVar[str | None] = ContextVar("call", default=None)
+
+
+class WatchingStore(MemoryStore):
+    """Notes in whose call its methods are called; a put waits until it is let through."""
+
+    def __init__(self) -> None:
+        super().__init__("app", StoreArgs(backend="memory"))
+        self.calls: list[tuple[str, str | None]] = []
+        self.begun, self.open = asyncio.Event(), asyncio.Event()
+
+    async def aput(self, record: Record, **how: Any) -> str:
+        self.calls.append(("put", CALL.get()))
+        self.begun.set()
+        await self.open.wait()
+        return await super().aput(record, **how)
+
+    def release(self, keys: Sequence[str] = (), **which: Any) -> int:
+        self.calls.append(("release", CALL.get()))
+        return super().release(keys, **which)
+
+
+async def test_what_is_put_and_released_is_of_no_call_that_may_be_cancelled() -> None:
+    """Ray cancels what a cancelled call has called, and knows by its context which that is."""
+    store = WatchingStore()
+    keys = keys_of(store)
+    CALL.set("a rollout's")
+    putting = asyncio.create_task(keys.put(request(), record(9), None))
+    await store.begun.wait()
+    putting.cancel()
+    store.open.set()
+    with pytest.raises(asyncio.CancelledError):
+        await putting
+    assert await asyncio.to_thread(eventually, lambda: ("release", None) in store.calls)
+    assert store.stats().live_keys == 0
+    key = await keys.put(request(), record(9), None)
+    releasing = asyncio.create_task(keys.release([key]))
+    await asyncio.sleep(0)  # it has begun
+    releasing.cancel()
+    assert await asyncio.to_thread(eventually, lambda: store.stats().live_keys == 0)
+    assert {call for _, call in store.calls} == {None}
