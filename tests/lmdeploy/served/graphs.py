@@ -1,5 +1,6 @@
 """Graphs of LMDeploy replicas on the tests' cluster, begun and removed."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from serve_app.config import EngineArgs, StoreArgs
 from serve_app.store.owner.directory import remove_actors
 from tests.lmdeploy.served.replicas import build
 
+START_S = 180.0
 SMALL = {"eager_mode": True, "num_gpu_blocks": 400, "block_size": 16, "max_prefill_token_num": 512}
 
 
@@ -44,8 +46,22 @@ def served(
     store = StoreArgs.model_validate(
         {"compat_actors": ["lmdeploy"] if "transfer" in kwargs else []}
     )
-    serve.run(build(engine, store), name=name, route_prefix=None)
+    target = serve.RunTarget(build(engine, store), name=name, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+    _wait_for(name)
     return RoutedExpertsClient(name)
+
+
+def _wait_for(name: str) -> None:
+    """Wait until an application runs; Serve would wait for ever where it cannot be placed."""
+    ends = time.monotonic() + START_S
+    while True:
+        found = serve.status().applications[name]
+        if found.status == "RUNNING":
+            return
+        assert found.status == "DEPLOYING", found
+        assert time.monotonic() < ends, found
+        time.sleep(0.1)
 
 
 def remove(name: str) -> None:

@@ -114,8 +114,21 @@ def pid_of(member: Any) -> int:
     return pid
 
 
+def places(workers: list[Any]) -> list[tuple[str, str]]:
+    """Return the node and the GPU of each worker."""
+    found: list[tuple[str, str]] = ray.get(
+        [worker.__ray_call__.remote(_place) for worker in workers], timeout=30
+    )
+    return found
+
+
 def _of_rank(rank: Any, function: Callable[..., int], *args: int) -> int:
     return function(rank._engine, *args)
+
+
+def _place(_: Any) -> tuple[str, str]:
+    context = ray.get_runtime_context()
+    return context.get_node_id(), ",".join(context.get_accelerator_ids()["GPU"])
 
 
 def _pid(_: Any) -> int:

@@ -19,18 +19,16 @@ from safetensors.torch import load_file
 from benchmarks.storm import EXPERTS, blow
 from examples.tiny_moe import write_checkpoint
 from serve_app import RoutedExpertsClient
-from serve_app.client.served import ServedGraph
 from serve_app.errors import InvalidRequest
 from serve_app.store.access.client import connect
 from serve_app.types import GenerateRequest
 from serve_app.weights.parts import BroadcastPart, GroupSpec, PickledPart
-from tests.engine_contract import Sampled, mixed_requests, sample
-from tests.lmdeploy.conftest import load
+from tests.engine_contract import mixed_requests
 from tests.lmdeploy.served.graphs import remove, served
 from tests.lmdeploy.served.group_faults import kill, lose_a_member, lose_a_node, stop
 from tests.lmdeploy.served.pretended_gpus import TWO_NODES, add_node, remove_node
 from tests.lmdeploy.served.replica import ServedReplica
-from tests.lmdeploy.served.replicas import members
+from tests.lmdeploy.served.replicas import members, places
 from tests.ports import free_ports
 from tests.trainers_group import broadcast, open_as_rank_0
 
@@ -68,10 +66,10 @@ def test_each_worker_has_a_gpu_and_a_node_of_its_own(
     group: tuple[str, RoutedExpertsClient],
 ) -> None:
     name, client = group
-    places = _places(members(name)[-2:])
-    assert len({node for node, _ in places}) == 2
+    found = places(members(name)[-2:])
+    assert len({node for node, _ in found}) == 2
     head = ray.get_runtime_context().get_node_id()
-    assert head not in {node for node, _ in places}
+    assert head not in {node for node, _ in found}
     results = client.generate_batch(mixed_requests(8))
     holding = [shard for shard in client.stats().shards if shard.live_keys]
     ranks = KINDS[name.replace("-", " ")].get("dp", 1)
@@ -148,7 +146,7 @@ async def test_weights_come_in_parts_to_the_workers(
         found.append(await replica.generate(_request(8)))
     await replica.call("leave_weights_group", policy)
     assert [one.weight_version for one in found] == [version + 2, version + 3]
-    assert found[0].logprobs != first.logprobs
+    assert found[0].logprobs != pytest.approx(first.logprobs, abs=1e-3)
     assert found[1].output_ids == first.output_ids
 
 
@@ -190,42 +188,6 @@ def test_a_lost_node_is_the_groups_end_until_there_is_another(
     name, client = group
     lose = functools.partial(remove_node, cluster, "small")
     lose_a_node(client, name, lose, functools.partial(add_node, cluster, "small"))
-
-
-def test_two_groups_on_one_node_sample_as_a_single_engine(cluster: Cluster, sparse: Path) -> None:
-    alone = asyncio.run(_alone(sparse))
-    client = served("pair", sparse, replicas=2, dp=2, ep=2)
-    both = ServedGraph("pair", None, 60).broadcast("actors")
-    places = _places([worker for found in both for worker in found[-2:]])
-    assert len({node for node, _ in places}) == 1
-    assert len({gpu for _, gpu in places}) == 4
-    wanted = [*mixed_requests(8), *mixed_requests(8)]
-    results = client.generate_batch(wanted)
-    for one, done in zip([*alone, *alone], results, strict=True):
-        assert (one.ids, one.text) == (done.output_ids, done.text)
-        assert one.record is not None
-        np.testing.assert_array_equal(one.record.ids, client.get(str(done.routed_experts)).ids)
-    remove("pair")
-
-
-async def _alone(path: Path) -> list[Sampled]:
-    engine = load(path)
-    try:
-        return await asyncio.gather(*(sample(engine, one) for one in mixed_requests(8)))
-    finally:
-        await engine.stop()
-
-
-def _places(workers: list[Any]) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = ray.get(
-        [worker.__ray_call__.remote(_place) for worker in workers], timeout=30
-    )
-    return found
-
-
-def _place(_: Any) -> tuple[str, str]:
-    context = ray.get_runtime_context()
-    return context.get_node_id(), ",".join(context.get_accelerator_ids()["GPU"])
 
 
 def _request(length: int, first: int = 3, *, routes: bool = False) -> GenerateRequest:
