@@ -227,7 +227,11 @@ def test_no_engine_replica_times_out_and_does_not_hang(cluster: object) -> None:
     class Engine:
         async def generate(self, request: GenerateRequest) -> None: ...
 
-    unplaceable = serve.deployment(name=ENGINE, ray_actor_options={"resources": {"nowhere": 1}})
+    unplaceable = serve.deployment(
+        name=ENGINE,
+        ray_actor_options={"resources": {"nowhere": 1}},
+        graceful_shutdown_timeout_s=0,  # or Serve waits for what never began
+    )
     target = serve.RunTarget(unplaceable(Engine).bind(), name="unplaced", route_prefix="/unplaced")
     serve.run_many([target], wait_for_applications_running=False)
     waiting = RoutedExpertsClient("unplaced", timeout_s=2, generate_timeout_s=2)

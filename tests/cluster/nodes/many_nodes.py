@@ -13,9 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 os.environ.update(
+    # In a runtime environment every worker would have to be a new process.
+    PYTHONPATH=str(Path(__file__).parents[3]),
     RAY_AUTH_MODE="disabled",
     RAY_health_check_period_ms="1000",
     RAY_health_check_failure_threshold="3",
@@ -30,7 +33,6 @@ from graphs.store import build
 from serve_app import RankSlice, RoutedExpertsClient, RoutedSequence
 from serve_app.config import StoreGraphArgs
 from serve_app.errors import KeyReleased, R3Error, RoutesLost, StoreUnavailable
-from tests.cluster.conftest import ROOT
 from tests.cluster.nodes.actors import EngineLike, start
 from tests.cluster.nodes.raylets import Nodes
 from tests.store_contract import LARGE, record
@@ -225,8 +227,7 @@ def churn(nodes: Nodes, engines: Sequence[Any]) -> dict[str, Any]:
 
 def main() -> None:
     nodes = Nodes()
-    environment = {"env_vars": {"PYTHONPATH": ROOT}}
-    ray.init(address=nodes.cluster.address, log_to_driver=False, runtime_env=environment)
+    ray.init(address=nodes.cluster.address, log_to_driver=False)
     try:
         serve.start(proxy_location="Disabled")
         near = {"min_replicas": 5, "max_replicas": 5, "max_replicas_per_node": 1, "num_cpus": 0.5}
