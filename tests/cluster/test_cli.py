@@ -42,7 +42,7 @@ def output(command: Sequence[str], cwd: Path) -> str:
         env={**os.environ, "PYTHONPATH": ROOT},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -74,7 +74,7 @@ def running(command: Sequence[str], cwd: Path, **env: str) -> Iterator[subproces
 
 def wait_for_answer(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:
     """Wait until an address answers 200; fail with the log when the process ends first."""
-    deadline, tick = time.monotonic() + 150, threading.Event()
+    deadline, tick = time.monotonic() + 300, threading.Event()
     while process.poll() is None and time.monotonic() < deadline:
         try:
             if requests.get(url, timeout=5).status_code == 200:

@@ -20,7 +20,7 @@ def seen() -> dict[str, Any]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
         check=False,
     )
     lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]

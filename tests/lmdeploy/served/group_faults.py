@@ -19,7 +19,7 @@ from serve_app.types import GenerateRequest, GenerateResult
 from tests.eventually import eventually
 from tests.lmdeploy.served.replicas import members, pid_of
 
-REPLACED_S = 120.0
+REPLACED_S = 300.0
 
 
 def kill(pid: int) -> None:
@@ -155,4 +155,4 @@ def _until_served(
 
 
 def _until(true: Callable[[], bool], what: str) -> None:
-    assert eventually(true), f"{what}: {actors_alive()}, {placement_groups()}"
+    assert eventually(true, 60), f"{what}: {actors_alive()}, {placement_groups()}"
