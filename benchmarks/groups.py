@@ -40,7 +40,8 @@ def main() -> None:
         write_checkpoint(Path(path), hidden=32, layers=3, experts=16, top_k=2)
         for kind, sizes in KINDS.items():
             limits: dict[str, Any] = {"liveness_timeout_s": 3.0, **sizes}
-            client = served(kind, Path(path), context_length=CONTEXT, bundles=TWO_NODES, **limits)
+            room: dict[str, Any] = {"context_length": CONTEXT, "max_batch_size": 16}
+            client = served(kind, Path(path), bundles=TWO_NODES, **room, **limits)
             if options.only != "steps":
                 for harm in (kill, stop):
                     for number in range(options.faults):
