@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from serve_app.client.blocking import RoutedExpertsClient
-from serve_app.client.requests import failed
 from serve_app.client.rollouts import RolloutCalls
 from serve_app.client.served import Handles, ServedGraph
-from serve_app.errors import R3Error
 from serve_app.records import Record
 from serve_app.store.snapshot import Progress, SnapshotReport
 from serve_app.types import (
@@ -54,34 +52,25 @@ class AsyncRoutedExpertsClient:
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> GenerateResult:
         """See `RoutedExpertsClient.generate`."""
-        limit = timeout_s or self._generate_timeout_s
-        return await self._rollouts.generate_async(request, limit)
+        return await self._rollouts.generate_async(request, self._limit(timeout_s))
 
     async def generate_batch(
         self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """See `RoutedExpertsClient.generate_batch`."""
-
-        async def one(request: GenerateRequest) -> GenerateResult:
-            try:
-                return await self.generate(request, timeout_s=timeout_s)
-            except R3Error as error:
-                return failed(request, error)
-
-        return list(await asyncio.gather(*map(one, requests)))
+        return await self._rollouts.generate_batch_async(requests, self._limit(timeout_s))
 
     async def generate_group(
         self, request: GenerateRequest, n: int, *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """See `RoutedExpertsClient.generate_group`."""
-        limit = timeout_s or self._generate_timeout_s
-        return await self._rollouts.generate_group_async(request, n, limit)
+        return await self._rollouts.generate_group_async(request, n, self._limit(timeout_s))
 
     async def stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> AsyncGenerator[GenerateChunk, None]:
         """See `RoutedExpertsClient.stream`."""
-        limit = timeout_s or self._generate_timeout_s
+        limit = self._limit(timeout_s)
         async with aclosing(self._rollouts.stream_async(request, limit)) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -183,3 +172,6 @@ class AsyncRoutedExpertsClient:
     ) -> SnapshotReport:
         """See `RoutedExpertsClient.restore`."""
         return await asyncio.to_thread(self._sync.restore, path, progress=progress)
+
+    def _limit(self, timeout_s: float | None) -> float:
+        return self._generate_timeout_s if timeout_s is None else timeout_s

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,11 +109,16 @@ class ServedGraph:
         """Yield one rollout's chunks."""
         engine = await self.engine_async()
         chunks = engine.options(stream=True).stream.remote(request)
+        ends, coming = asyncio.get_running_loop().time() + timeout_s, aiter(chunks)
         try:
-            async with asyncio.timeout(timeout_s):
-                async for chunk in chunks:
-                    yield chunk
+            while True:
+                async with asyncio.timeout_at(ends):  # not while the caller works on a chunk
+                    chunk = await anext(coming, None)
+                if chunk is None:
+                    return
+                yield chunk
         except _failures() as error:
+            _check_cancelled()
             raise engine_error(error, timeout_s) from None
         finally:
             chunks.cancel()
@@ -146,6 +151,17 @@ class ServedGraph:
             if time.monotonic() > deadline:
                 raise EngineUnavailable(f"no engine replica came up within {timeout_s} s")
             time.sleep(_POLL_S)
+
+    def tell_all(self, calls: Sequence[tuple[Any, ...]], within_s: float) -> list[Exception]:
+        """Call methods on all engine replicas that there are; return what went wrong."""
+        ends, failures = time.monotonic() + within_s, list[Exception]()
+        sent: list[DeploymentBroadcastResponse] = [self.engine.broadcast(*call) for call in calls]
+        for response in sent:
+            try:
+                response.results(timeout_s=max(0.0, ends - time.monotonic()))
+            except Exception as error:  # noqa: BLE001  (whatever it is, the next is told as well)
+                failures.append(error)
+        return failures
 
     def update_weights(self, state: Any, version: int, mode: UpdateMode) -> list[WeightsResult]:
         """Give every engine replica new weights, and keep them for those that start later.
@@ -214,6 +230,9 @@ def wait_answer(response: "DeploymentResponse[Any]", timeout_s: float) -> Any:
     except _failures() as error:
         response.cancel()  # type: ignore[no-untyped-call]
         raise engine_error(error, timeout_s) from None
+    except BaseException:
+        response.cancel()  # type: ignore[no-untyped-call]
+        raise
 
 
 async def await_answer(response: Any, timeout_s: float) -> Any:
@@ -222,6 +241,7 @@ async def await_answer(response: Any, timeout_s: float) -> Any:
         async with asyncio.timeout(timeout_s):
             return await response
     except _failures() as error:
+        _check_cancelled()
         raise engine_error(error, timeout_s) from None
     finally:
         response.cancel()
@@ -248,6 +268,13 @@ def engine_error(error: BaseException, timeout_s: float) -> R3Error:
 def no_answer(timeout_s: float) -> EngineUnavailable:
     """Return the error of a call that took too long."""
     return EngineUnavailable(f"no engine replica answered: no answer within {timeout_s} s")
+
+
+def _check_cancelled() -> None:
+    """Raise the cancellation that Serve's local testing mode makes an error of its own."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError from None
 
 
 def _failures() -> tuple[type[Exception], ...]:

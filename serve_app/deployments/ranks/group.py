@@ -98,11 +98,11 @@ class RankGroup:
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
         """Sample one rollout on one rank; the last chunk carries the whole result."""
         with self._choice.sampled(request) as rank:
-            chunks, ended = self._ranks[rank].stream.remote(request), False
+            chunks, ended, tokens = self._ranks[rank].stream.remote(request), False, 0
             try:
                 async for answer in chunks:
                     chunk = await self._answer(answer)
-                    self.metrics.sampled(rank, len(chunk.output_ids))
+                    tokens += len(chunk.output_ids)
                     ended = chunk.result is not None
                     yield chunk
             except RayError as error:
@@ -112,6 +112,7 @@ class RankGroup:
                 ended = True  # refused, or lost: the id may be another request's
                 raise
             finally:
+                self.metrics.sampled(rank, tokens)
                 if not ended:  # a rank runs ahead of its reader, and may have a key already
                     self._give_up(rank, chunks, request)
 
@@ -189,7 +190,8 @@ class RankGroup:
 
     async def _all(self, method: str, *args: Any) -> list[Any]:
         """Call all ranks at once, to the end: they may wait for each other. Raise what one did."""
-        asked = [getattr(rank, method).remote(*args) for rank in self._ranks]
+        # In nobody's context: new weights may come in the call of a rollout that is cancelled.
+        asked = [Context().run(getattr(rank, method).remote, *args) for rank in self._ranks]
         waiting = asyncio.gather(*(self._answer(one) for one in asked), return_exceptions=True)
         try:
             async with asyncio.timeout(_CONTROL_S):
@@ -204,7 +206,7 @@ class RankGroup:
         return answers
 
     async def _awaited(
-        self, rank: int, answer: "ray.ObjectRef[T]", request: GenerateRequest, n: int = 1
+        self, rank: int, answer: "ray.ObjectRef[T]", request: GenerateRequest, n: int = 0
     ) -> T:
         """Wait for what a rank samples; where nobody waits any more it ends there, too."""
         try:
@@ -213,7 +215,7 @@ class RankGroup:
             self._give_up(rank, answer, request, n)
             raise
 
-    def _give_up(self, rank: int, answer: Any, request: GenerateRequest, n: int = 1) -> None:
+    def _give_up(self, rank: int, answer: Any, request: GenerateRequest, n: int = 0) -> None:
         """End what a rank samples for nobody, and keys that it has made for nobody."""
         ray.cancel(answer)
         # Not as a part of the call that is being cancelled: Ray would cancel this, too.

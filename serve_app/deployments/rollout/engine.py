@@ -94,7 +94,7 @@ class InferenceEngine:
         """Abort one request, or all; return how many were under way here."""
         return await self._rollouts.abort(request_id)
 
-    async def abandon(self, request_id: str, members: int = 1) -> None:
+    async def abandon(self, request_id: str, members: int = 0) -> None:
         """Abort a request whose client is gone, and release its key: nobody will ever read it."""
         await self._rollouts.abandon(request_id, members)
 

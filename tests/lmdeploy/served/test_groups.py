@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray import serve
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from benchmarks.storm import EXPERTS, blow
 from examples.tiny_moe import write_checkpoint
 from serve_app import RoutedExpertsClient
+from serve_app.client.served import ENGINE
 from serve_app.errors import InvalidRequest
 from serve_app.store.access.client import connect
 from serve_app.types import GenerateRequest
 from serve_app.weights.parts import BroadcastPart, GroupSpec, PickledPart
 from tests.engine_contract import mixed_requests
+from tests.eventually import eventually
 from tests.lmdeploy.served.graphs import remove, served
 from tests.lmdeploy.served.group_faults import kill, lose_a_member, lose_a_node, stop
 from tests.lmdeploy.served.pretended_gpus import TWO_NODES, add_node, remove_node
@@ -148,6 +151,28 @@ async def test_weights_come_in_parts_to_the_workers(
     assert [one.weight_version for one in found] == [version + 2, version + 3]
     assert found[0].logprobs != pytest.approx(first.logprobs, abs=1e-3)
     assert found[1].output_ids == first.output_ids
+
+
+def test_a_rank_gives_up_what_nobody_waits_for(group: tuple[str, RoutedExpertsClient]) -> None:
+    """Whoever calls by a plain handle tells nobody that it leaves: Serve alone does."""
+    name, client = group
+    handle = serve.get_deployment_handle(ENGINE, name).options(_by_reference=True)
+    before = client.stats().live_keys
+    wanted = [_request(900, first, routes=True) for first in range(3)]
+    stream: Any = handle.options(stream=True).stream.remote(wanted[0])
+    assert next(iter(stream)).result is None
+    calls: list[Any] = [
+        handle.generate.remote(wanted[1]),
+        handle.generate_group.remote(wanted[2], 2),
+    ]
+    assert eventually(lambda: handle.ongoing.remote().result(timeout_s=30) == 3)
+    for call in (stream, *calls):
+        call.cancel()
+    assert eventually(lambda: handle.ongoing.remote().result(timeout_s=30) == 0)
+    # An engine that went on would be at it for longer than it takes another to be sampled.
+    client.release([str(client.generate(_request(8, routes=True)).routed_experts)])
+    assert handle.abort.remote(None).result(timeout_s=30) == 0
+    assert eventually(lambda: client.stats().live_keys == before)
 
 
 def test_ranks_sample_equally_much(group: tuple[str, RoutedExpertsClient]) -> None:
