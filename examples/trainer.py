@@ -108,7 +108,7 @@ class Trainer:
             replayed=_gap(rows, old, learned),
             materialize_s=materialize_s,
             live_keys=self._client.stats().live_keys,
-            rows=_rows(batch),
+            rows=rows_of(batch),
             replay_happened=verdict.happened,
             verdict=verdict.says,
         )
@@ -159,7 +159,7 @@ class Trainer:
         The first of them is traced.
         """
         sampled = sum(len(pack.sampled) for pack in rows)
-        passes = []
+        passes = list[Forward]()
         for pack, before in zip(rows, old, strict=True):
             now = self._forward(pack, replay=True, trace=None if passes else trace)
             ratio = (now.logprobs - before.logprobs).exp()
@@ -177,10 +177,13 @@ def _sequences(rollouts: Sequence[Rollout]) -> list[RoutedSequence]:
     return [RoutedSequence(rollout.key, rollout.length) for rollout in rollouts]
 
 
-def _rows(batch: ExpertBatch) -> Rows:
+def rows_of(batch: ExpertBatch) -> Rows:
     """Count a batch's rows; each sequence's last one was never processed by the engine."""
-    replayed, last = int(batch.valid.sum()), len(batch.cu_seqlens) - 1
-    masked = sum(missing.count for missing in batch.missing)
+    replayed = int(batch.valid.sum())
+    lengths: list[int] = batch.cu_seqlens.diff().tolist()
+    masked = sum(gap.count for gap in batch.missing)
+    last = int((~batch.valid[batch.cu_seqlens[1:].long() - 1]).sum())
+    last -= sum(gap.first + gap.count == lengths[gap.index] for gap in batch.missing)
     return Rows(replayed, masked, len(batch.valid) - replayed - masked - last)
 
 

@@ -110,6 +110,7 @@ def materialize(
         version_of=beside.version_of.reshape(rows.lead),
         tokens=None if beside.tokens is None else beside.tokens.reshape(rows.lead),
         unrouted=filling.unrouted,
+        not_valid=filling.native - filling.unrouted,
     )
 
 

@@ -1,6 +1,6 @@
 """A chain of records as one record."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -39,7 +39,18 @@ def joined(segments: Sequence[Record]) -> Record:
         repeats="ours",
     )
     whole.ids.flags.writeable = False
-    return whole
+    unrouted = {*whole.meta.unrouted_rows, *_unrouted(plan.runs)}
+    return Record(
+        whole.meta._replace(unrouted_rows=tuple(sorted(unrouted))), whole.ids, whole.tracks
+    )
+
+
+def _unrouted(runs: Sequence[Run]) -> Iterator[int]:
+    """Yield the rows of the whole that nobody routed."""
+    for target, segment, source, count in runs:
+        for row in segment.meta.unrouted_rows:
+            if source <= row < source + count:
+                yield target + row - source
 
 
 def _tracks(segments: Sequence[Record], runs: Sequence[Run], rows: int) -> dict[str, Track]:

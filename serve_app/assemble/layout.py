@@ -45,6 +45,7 @@ class Filling:
         self._padding = padding
         self._beside = beside
         self._native: list[tuple[int, int]] = []
+        self.unrouted = 0
         self._blocks = blocks_of(columns)
         whole = len(self._blocks) == 1 and len(columns) == model.layers
         short = copies.shared(ids.nbytes) and len(ids) <= KEPT_ELEMENTS * pieces
@@ -66,8 +67,8 @@ class Filling:
             self.copy(begin + target, segment, source, count, at + target)
 
     @property
-    def unrouted(self) -> int:
-        """How many rows records themselves call invalid."""
+    def native(self) -> int:
+        """How many rows records themselves call invalid; ``unrouted`` of them nobody routed."""
         return len(self._native)
 
     def pad_native(self) -> None:
@@ -89,6 +90,7 @@ class Filling:
             target.add(begin, rows[source:end])
         if self._beside is not None:
             self._beside.copy(begin, segment, source, count)
+        self.unrouted += sum(source <= row < end for row in segment.meta.unrouted_rows)
         for row in segment.meta.invalid:
             if source <= row < end:
                 self._valid[begin + row - source] = False

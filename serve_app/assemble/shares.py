@@ -106,4 +106,5 @@ def join(
         version_of=beside.version_of.reshape(rows.lead),
         tokens=None if beside.tokens is None else beside.tokens.reshape(rows.lead),
         unrouted=sum(answer.unrouted for answer in answers),
+        not_valid=sum(answer.not_valid for answer in answers),
     )

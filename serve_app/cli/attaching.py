@@ -26,5 +26,5 @@ def attach(address: str) -> None:
 
 def sorry(why: str) -> typer.Exit:
     """Print why a command ends; raise what this returns."""
-    Console(stderr=True).print(why, style="red", highlight=False, markup=False)
+    Console(stderr=True).print(why, style="red", highlight=False, markup=False, soft_wrap=True)
     return typer.Exit(1)

@@ -71,15 +71,24 @@ class Reader:
         if where not in ("auto", "local", "decoder"):
             raise ValueError(f"where must be 'auto', 'local' or 'decoder', got {where!r}")
         target = None if out is None else out.numpy()
-        allocate = _pinned if pin else None
+        return _as_tensors(self.pack(sequences, spec, where, target, _pinned if pin else None), out)
+
+    def pack(
+        self,
+        sequences: Sequence[RoutedSequence],
+        spec: BatchSpec,
+        where: Where = "local",
+        out: Array | None = None,
+        allocate: Allocate | None = None,
+    ) -> PackedExperts:
+        """Assemble in numpy; the engine says what a batch without any routes looks like."""
         try:
-            packed = self._packed(sequences, spec, where, target, allocate)
+            return self._packed(sequences, spec, where, out, allocate)
         except ModelUnknown:
             if spec.on_missing == "raise" or spec.model is not None:
                 raise
-            spec = replace(spec, model=self._served_model())
-            packed = self._packed(sequences, spec, where, target, allocate)
-        return _as_tensors(packed, out)
+        spec = replace(spec, model=self._served_model())
+        return self._packed(sequences, spec, where, out, allocate)
 
     def _packed(
         self,

@@ -6,6 +6,8 @@ from serve_app.types import PackedExperts
 
 UNROUTED = "Unrouted"
 """Rows that were put with a repeated expert: no router's choice."""
+NOT_VALID = "NotValid"
+"""Rows that whoever put them called ``valid=False``."""
 
 
 def masked_rows(batch: PackedExperts) -> Counter[str]:
@@ -13,6 +15,6 @@ def masked_rows(batch: PackedExperts) -> Counter[str]:
     masked = Counter[str]()
     for missing in batch.missing:
         masked[missing.reason] += missing.count
-    if batch.unrouted:
-        masked[UNROUTED] += batch.unrouted
-    return masked
+    masked[UNROUTED] += batch.unrouted
+    masked[NOT_VALID] += batch.not_valid
+    return +masked

@@ -17,7 +17,7 @@ class RecordMeta(NamedTuple):
 
     A tuple, because an answer about a thousand keys makes a thousand of them.
     ``moe_layers`` are global layer indices; the columns of other layers mean nothing.
-    ``invalid`` lists the rows (relative to ``start``) that must route natively; ``unrouted`` counts
+    ``invalid`` lists the rows (relative to ``start``) that must route natively, ``unrouted_rows``
     those of them that were no router's choice. ``raw`` is set by `raw_record` alone: the dtype of
     an array kept as it came, whose ``num_experts`` (then 0) nobody said. ``tracks`` comes last,
     so that readers of routes alone are spared it.
@@ -32,7 +32,7 @@ class RecordMeta(NamedTuple):
     weight_version: int
     checksum: int
     invalid: tuple[int, ...] = ()
-    unrouted: int = 0
+    unrouted_rows: tuple[int, ...] = ()
     format_version: int = FORMAT_VERSION
     raw: str | None = None
     tracks: tuple[TrackMeta, ...] = ()
@@ -54,6 +54,11 @@ class RecordMeta(NamedTuple):
         for track in self.tracks:  # no generator: this is asked for every record, several times
             nbytes += track.nbytes(self.rows)
         return nbytes
+
+    @property
+    def unrouted(self) -> int:
+        """How many rows were no router's choice."""
+        return len(self.unrouted_rows)
 
     @property
     def stop(self) -> int:
@@ -83,10 +88,16 @@ class RecordMeta(NamedTuple):
         Its tracks have no checksum, and the ids' is still that of the whole: a header to read by,
         not to store.
         """
-        invalid = tuple(row for row in self.invalid if row < rows)
         tracks = tuple(track._replace(checksum=None) for track in self.tracks)
+        return self.cut(0, rows)._replace(tracks=tracks)
+
+    def cut(self, first: int, stop: int) -> "RecordMeta":
+        """Return it for rows ``first .. stop`` alone; the seals stay those of the whole."""
         return self._replace(
-            rows=rows, invalid=invalid, unrouted=min(self.unrouted, len(invalid)), tracks=tracks
+            rows=stop - first,
+            start=self.start + first,
+            invalid=_between(self.invalid, first, stop),
+            unrouted_rows=_between(self.unrouted_rows, first, stop),
         )
 
     def verify(self, ids: npt.NDArray[Any], tracks: "dict[str, Track] | None" = None) -> None:
@@ -102,3 +113,7 @@ class RecordMeta(NamedTuple):
             promised = self.track(name)
             if promised is None or promised != track.meta(name):
                 raise RecordError(f"record promises track {promised}, got {track.meta(name)}")
+
+
+def _between(rows: tuple[int, ...], first: int, stop: int) -> tuple[int, ...]:
+    return tuple(row - first for row in rows if first <= row < stop)

@@ -9,13 +9,8 @@ def part_of(record: Record, first: int, stop: int) -> Record:
     begin, end = first - record.start, stop - record.start
     ids = record.ids[begin:end]
     tracks = {name: track.part(begin, end) for name, track in record.tracks.items()}
-    invalid = tuple(row - begin for row in record.meta.invalid if begin <= row < end)
-    meta = record.meta._replace(
-        rows=len(ids),
-        start=first,
+    meta = record.meta.cut(begin, end)._replace(
         checksum=checksum(ids),
-        invalid=invalid,
-        unrouted=min(record.meta.unrouted, len(invalid)),
         tracks=tuple(track.meta(name) for name, track in tracks.items()),
     )
     return Record(meta, ids, tracks)

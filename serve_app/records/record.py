@@ -147,7 +147,7 @@ def make_record(
         weight_version=weight_version,
         checksum=checksum(stored),
         invalid=invalid,
-        unrouted=unrouted,
+        unrouted_rows=unrouted,
         tracks=tuple(track.meta(name) for name, track in kept.items()),
     )
     return Record(meta, stored, kept)
@@ -196,15 +196,15 @@ def _moe_layers(given: Sequence[int] | None, layers: int) -> tuple[int, ...]:
 
 def _invalid(
     ids: Ids, moe: tuple[int, ...], valid: Rows | None, repeats: Repeats, start: int
-) -> tuple[tuple[int, ...], int]:
-    """Return the rows that must route natively, and how many of them nobody routed."""
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the rows that must route natively, and those of them that nobody routed."""
     look = repeating_rows_of_ours if repeats == "ours" else repeating_rows
     unrouted = look(ids, moe)
     if valid is not None:
         unrouted &= valid
     count = int(unrouted.sum())
     if not count:
-        return () if valid is None else tuple(np.flatnonzero(~valid).tolist()), 0
+        return () if valid is None else tuple(np.flatnonzero(~valid).tolist()), ()
     native = unrouted if valid is None else unrouted | ~valid
     if native.all():
         raise RecordError(
@@ -217,7 +217,7 @@ def _invalid(
             f"expected {ids.shape[-1]} different experts in each MoE layer of every row, got"
             f" {count} rows that repeat one, the first at position {start + row}"
         )
-    return tuple(np.flatnonzero(native).tolist()), count
+    return tuple(np.flatnonzero(native).tolist()), tuple(np.flatnonzero(unrouted).tolist())
 
 
 def _tracks(

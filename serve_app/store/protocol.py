@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 
 from serve_app.errors import StoreError
 
-PROTOCOL = 3
+PROTOCOL = 4
 """What they say to each other; any change of it is another number."""
 
 

@@ -188,7 +188,9 @@ def _item(entry: Entry) -> dict[str, Any]:
 def _entry(item: dict[str, Any]) -> Entry:
     meta = item.pop("meta")
     meta.pop("token_hash", None)  # of a snapshot of the format before
-    for field in ("moe_layers", "invalid"):
+    # Once only how many there are was said.
+    meta.setdefault("unrouted_rows", meta["invalid"][: meta.pop("unrouted", 0)])
+    for field in ("moe_layers", "invalid", "unrouted_rows"):
         meta[field] = tuple(meta[field])
     tracks = tuple(
         TrackMeta(name, dtype, tuple(shape), values, seal)
@@ -219,7 +221,8 @@ def _looked_at(record: Record) -> Record:
         return record
     unrouted = repeating_rows(record.ids, record.moe_layers) & record.valid
     invalid = tuple(np.flatnonzero(unrouted | ~record.valid).tolist())
-    meta = record.meta._replace(invalid=invalid, unrouted=int(unrouted.sum()))
+    rows = tuple(np.flatnonzero(unrouted).tolist())
+    meta = record.meta._replace(invalid=invalid, unrouted_rows=rows)
     return Record(meta, record.ids)
 
 

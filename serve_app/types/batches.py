@@ -160,7 +160,7 @@ class PackedExperts:
 
     ``model`` is what all records of it share: layers, top_k, experts, and the MoE layers.
     ``version_of`` has the number of each row's version in ``versions``; ``unrouted`` counts rows
-    that were put as no router's choice.
+    that were put as no router's choice, ``not_valid`` others that were put as ``valid=False``.
     """
 
     ids: npt.NDArray[Any]
@@ -175,6 +175,7 @@ class PackedExperts:
     version_of: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, np.uint8))
     tokens: npt.NDArray[np.int32] | None = None
     unrouted: int = 0
+    not_valid: int = 0
 
 
 @dataclass(frozen=True, slots=True)

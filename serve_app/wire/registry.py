@@ -139,8 +139,9 @@ def decode_halves(
         weight_version=first.weight_version,
         valid=np.concatenate([first.valid, second.valid]),
     )
-    unrouted = first.meta.unrouted + second.meta.unrouted
-    return replace(joined, meta=joined.meta._replace(unrouted=unrouted))
+    after = (first.meta.rows + row for row in second.meta.unrouted_rows)
+    meta = joined.meta._replace(unrouted_rows=(*first.meta.unrouted_rows, *after))
+    return replace(joined, meta=meta)
 
 
 def encode(record: Record, format: FormatName) -> Any:

@@ -136,7 +136,12 @@ def test_every_segment_keeps_its_version(
     versions = [(meta.start, meta.stop, meta.weight_version) for meta in chain]
     assert versions == [(0, 9, first.weight_version), (9, 15, 7), (15, 21, 8)]
     np.testing.assert_array_equal(client.get(key_of(third)).ids[:9], before)
-    client.release(tag="turn")
+    batch = client.materialize([RoutedSequence(key_of(third), 22)])
+    own = [first.weight_version] * 9
+    assert batch.weight_version.tolist() == [*own, *[7] * 6, *[8] * 6, -1]
+    assert client.release(weight_version_below=8) == 2
+    assert client.stats().live_keys == 1
+    assert client.release(weight_version_below=9) == 1
 
 
 def test_a_group_may_continue(client: RoutedExpertsClient) -> None:

@@ -1,8 +1,10 @@
 """Routes over HTTP: fetch, materialize, release, and the command that fetches."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -120,6 +122,35 @@ def test_a_batch_says_what_is_missing(http: httpx.Client, key: str, tmp_path: Pa
     body["sequences"][0]["length"] = 50
     whole = http.post("/routed_experts/materialize", json=body, headers={"accept": NPY})
     assert np.load(io.BytesIO(whole.content)).shape == (50, 4, 4)
+
+
+def test_rows_that_are_masked_over_http_are_counted_too(
+    http: httpx.Client, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counter[str]()
+
+    class Counting:
+        def __init__(self, *_: Any) -> None: ...
+
+        def inc(self, rows: float, labels: dict[str, str]) -> None:
+            assert labels["app"]
+            counted[labels["reason"]] += int(rows)
+
+    monkeypatch.setattr("serve_app.client.metrics.Counter", Counting)
+    connected = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setattr("serve_app.client.metrics.ray", connected)
+    sequences = [{"key": key, "length": 53}, {"key": None, "length": 7}]
+    body = {"sequences": sequences, "on_missing": "mask"}
+    answer = http.post("/routed_experts/materialize", json=body)
+    assert load(answer.content)["valid"].sum() == 50
+    assert counted == {"RoutesGap": 3, "NoRoutes": 7}
+
+
+def test_a_batch_without_any_routes_has_the_served_models_shape(http: httpx.Client) -> None:
+    body = {"sequences": [{"key": None, "length": 7}], "on_missing": "mask"}
+    found = load(http.post("/routed_experts/materialize", json=body).content)
+    assert found["ids"].shape == (7, 4, 4)
+    assert not found["valid"].any()
 
 
 def test_answers_are_bounded(graph: LocalGraph, key: str) -> None:

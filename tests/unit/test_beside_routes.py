@@ -142,3 +142,13 @@ def test_rows_that_nobody_routed_are_counted_in_every_batch() -> None:
 def test_unknown_tracks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tracks must be some of .*, got \['support'\]"):
         BatchSpec(tracks=("support",))  # type: ignore[arg-type]
+
+
+def test_rows_that_were_put_as_not_valid_have_a_reason_of_their_own() -> None:
+    kept, ids = store(), distinct_ids((6, 3, 2), 16)
+    ids[4], valid = 3, np.arange(6) != 1
+    key = kept.put(make_record(ids, num_experts=16, valid=valid))
+    batch = materialize(kept, [RoutedSequence(key, 7)], TOKENS)
+    assert masked_rows(batch) == {"Unrouted": 1, "NotValid": 1}
+    cut = materialize(kept, [RoutedSequence(key, 3)], TOKENS)
+    assert masked_rows(cut) == {"NotValid": 1}

@@ -12,7 +12,7 @@ from serve_app.deployments.sampling.routes import RouteKeys
 from serve_app.engines.base import ModelInfo
 from serve_app.errors import PrefixMismatch, RecordError
 from serve_app.materialize import materialize
-from serve_app.records import Record, Track, make_record
+from serve_app.records import UNKNOWN, Record, Track, make_record
 from serve_app.store.base import RecordStore, Segments
 from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import BatchSpec, RoutedSequence
@@ -154,3 +154,19 @@ def test_unknown_tokens_prove_nothing() -> None:
             num_experts=8,
             tracks={"tokens": Track(np.array([5, 6, 7]), np.array([0, 0, 1, 3]))},
         )
+
+
+def test_tokens_that_nobody_knows_hide_none_that_both_know(store: MemoryStore) -> None:
+    known = [1, UNKNOWN, 3, 4, UNKNOWN, 6]
+    parent = store.put(part(0, 6, tokens=known))
+    same = [1, 2, UNKNOWN, 4, 5, 6, 7]
+    assert len(read(store, put_continued(store, part(0, 7, seed=1, tokens=same), parent).key)) == 2
+    for at in (2, 3, 5):  # behind a row that one of them does not know
+        other = [1, 2, 3, 4, 5, 6, 7]
+        other[at] = 99
+        child = part(0, 7, seed=1, tokens=other)
+        where = f"position {at}: expected token {known[at]},.* got 99"
+        with pytest.raises(PrefixMismatch, match=where):
+            put_continued(store, child, parent)
+        # What nobody knows to be common is not taken over.
+        assert put_continued(store, child, parent, "prefix").rows == 1

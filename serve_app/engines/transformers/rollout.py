@@ -11,6 +11,7 @@ from serve_app.engines.stream import ChunkStream
 from serve_app.engines.transformers.expert_rows import ExpertRows
 from serve_app.engines.transformers.penalties import LogitRules, Penalties
 from serve_app.engines.transformers.sampling import Sampler, Sampling
+from serve_app.errors import RecordError
 from serve_app.records import Record, make_record
 from serve_app.types import FinishReason, GenerateRequest
 
@@ -96,12 +97,18 @@ class Rollout:
         reason: FinishReason,
         error: str | None = None,
     ) -> EngineChunk:
+        record = None
+        if error is None:
+            try:
+                record = self._record()
+            except RecordError as why:  # its own end, and not that of all others
+                reason, error = "error", f"the routed experts that were recorded are none: {why}"
         return EngineChunk(
             token_ids=token_ids,
             logprobs=logprobs,
             text=text,
             finish_reason=reason,
-            record=None if error else self._record(),
+            record=record,
             weight_version=self.weight_version,
             error=error,
         )

@@ -24,7 +24,6 @@ from serve_app.ingress.operations.formats import (
     encode_batch,
     encode_record,
 )
-from serve_app.materialize import materialize as materialize_keys
 from serve_app.records import Record, RecordMeta, part_of
 from serve_app.store.base import RecordStore
 from serve_app.types import (
@@ -176,9 +175,9 @@ async def materialize(body: MaterializeBody, edge: Edge, accept: Accept = None) 
         _check_size(math.prod(shape) * dtype.itemsize, most)
         return np.empty(shape, dtype)
 
-    def read(_: Reader, store: RecordStore) -> PackedExperts:
+    def read(reader: Reader, _: RecordStore) -> PackedExperts:
         sequences = [RoutedSequence(one.key, one.length, one.first) for one in body.sequences]
-        return materialize_keys(store, sequences, body.spec(), allocate=allocate)
+        return reader.pack(sequences, body.spec(), allocate=allocate)
 
     try:
         batch = await edge.reading(read)

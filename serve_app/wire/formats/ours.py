@@ -65,7 +65,7 @@ def to_bytes(record: Record) -> bytes:
             "weight_version": int(meta.weight_version),
             "checksum": f"{meta.checksum:016x}",
             "valid": bool(meta.invalid),
-            "unrouted": int(meta.unrouted),
+            "unrouted": list(meta.unrouted_rows),
             "tracks": [
                 {
                     "name": track.name,
@@ -210,7 +210,16 @@ def _record(
     if made.meta.checksum != promised:
         raise RecordError(f"expected zeros in the columns of dense layers, MoE: {shown(layers)}")
     made.ids.flags.writeable = False
-    unrouted = read_int(fields.get("unrouted", 0), "unrouted", 0, len(made.meta.invalid))
-    return Record(
-        made.meta._replace(unrouted=max(unrouted, made.meta.unrouted)), made.ids, made.tracks
-    )
+    unrouted = {*made.meta.unrouted_rows, *_unrouted(fields.get("unrouted", 0), made.meta.invalid)}
+    meta = made.meta._replace(unrouted_rows=tuple(sorted(unrouted)))
+    return Record(meta, made.ids, made.tracks)
+
+
+def _unrouted(said: Any, invalid: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the invalid rows that nobody routed; once only how many there are was said."""
+    if not isinstance(said, list):
+        return invalid[: read_int(said, "unrouted", 0, len(invalid))]
+    rows = tuple(read_int(row, "each of unrouted", 0) for row in said)
+    if not set(rows) <= set(invalid):
+        raise refusal("unrouted rows among those that are not valid", said)
+    return rows

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.assemble.joining import joined
 from serve_app.errors import RecordError
-from serve_app.records import make_record
+from serve_app.records import Record, make_record, part_of
 from serve_app.records.distinct import repeating_rows, repeating_rows_of_ours
+from serve_app.wire.payloads.expected import Expected
 from tests.distinct_ids import distinct_ids
 
 SHAPE = (40, 5, 4)
@@ -52,6 +54,32 @@ def test_a_row_that_repeats_is_invalid_and_counted(fill: int) -> None:
     given[[3, 7]] = False
     marked = make_record(ids, num_experts=16, valid=given)
     assert (marked.meta.invalid, marked.meta.unrouted) == ((3, 7, 9), 1)
+
+
+def mixed(rows: int = 6) -> Record:
+    """Row 1 was put as not valid, row 4 repeats an expert."""
+    ids = distinct_ids((rows, 2, 2), 16)
+    ids[4] = 3
+    valid = np.ones(rows, np.bool_)
+    valid[1] = False
+    return make_record(ids, num_experts=16, valid=valid)
+
+
+def test_a_part_has_what_is_said_of_its_own_rows() -> None:
+    record = mixed()
+    first, second = part_of(record, 0, 3), part_of(record, 3, 6)
+    assert (first.meta.invalid, first.meta.unrouted_rows) == ((1,), ())
+    assert (second.meta.invalid, second.meta.unrouted_rows) == ((1,), (1,))
+    assert (record.first(4).meta.unrouted, record.first(5).meta.unrouted_rows) == (0, (4,))
+
+
+def test_a_chain_joined_has_what_is_said_of_the_rows_that_are_read() -> None:
+    parent, child = mixed(), make_record(distinct_ids((6, 2, 2), 16), num_experts=16, start=3)
+    whole = joined([parent, child])
+    assert (whole.meta.invalid, whole.meta.unrouted_rows) == ((1, 4), (4,))
+    assert joined([parent.first(4), child]).meta.unrouted == 0
+    with pytest.raises(RecordError, match="got 1 rows that repeat one"):
+        Expected(2, 2, 16, repeats="refuse").check(whole)
 
 
 def test_a_dense_layers_columns_mean_nothing() -> None:

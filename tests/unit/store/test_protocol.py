@@ -37,7 +37,7 @@ SAID = {
     "StoreArgs": "backend byte_budget lease_s put_timeout_s call_timeout_s"
     " leave_after_s compat_actors compat_grace_s serve",
     "RecordMeta": "rows layers top_k num_experts start moe_layers weight_version"
-    " checksum invalid unrouted format_version raw tracks",
+    " checksum invalid unrouted_rows format_version raw tracks",
     "TrackMeta": "name dtype shape values checksum",
     "ReadAnswer": "packed small refs",
     "Offer": "meta tag lease_s parent data parent_rows",
@@ -86,4 +86,4 @@ def test_what_is_said_has_not_changed_under_the_same_number() -> None:
         methods = inspect.getmembers(actor, inspect.isfunction)
         said |= {f"{actor.__name__}.{name}": call for name, call in methods if name[0] != "_"}
     now = {name: " ".join(inspect.signature(call).parameters) for name, call in said.items()}
-    assert (PROTOCOL, now) == (3, SAID)
+    assert (PROTOCOL, now) == (4, SAID)

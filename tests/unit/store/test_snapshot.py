@@ -123,10 +123,7 @@ def test_a_snapshot_of_the_format_before_reads_without_its_token_hashes(tmp_path
     file = tmp_path / "part-00000.safetensors"
     save_file({"0": record.ids}, file, metadata)
     page = read_page(file, "unit")
-    assert page.entries == [
-        Entry(
-            "k", None, "t", 60.0, True, record.meta._replace(tracks=(), invalid=(1, 2), unrouted=1)
-        )
-    ]
+    seen = record.meta._replace(tracks=(), invalid=(1, 2), unrouted_rows=(2,))
+    assert page.entries == [Entry("k", None, "t", 60.0, True, seen)]
     np.testing.assert_array_equal(page.records[0].ids, record.ids)
     assert page.records[0].tokens is None

@@ -60,3 +60,32 @@ def test_a_key_goes_through_the_store_and_anything_else_does_not() -> None:
     with pytest.raises(RecordError, match="allow_pickle"):
         reader.decode(encode(routes(), "xtuner"), MODEL, False)
     same(reader.decode(encode(routes(), "xtuner"), MODEL, True), routes())
+
+
+def test_what_was_put_through_shared_store_is_looked_at_when_its_model_is_named() -> None:
+    graph = Graph()
+    reader = Reader(graph)  # type: ignore[arg-type]
+    ids = routes().ids.astype(np.uint16)
+    ids[2] = 0
+    key = graph.store.put(raw_record(ids))
+    found = reader.decode(key, MODEL, False)
+    assert (found.meta.invalid, found.meta.unrouted_rows) == ((2,), (2,))
+    with pytest.raises(RecordError, match="got 1 rows that repeat one"):
+        reader.decode(key, Expected(3, 2, 16, (1, 2), repeats="refuse"), False)
+    blank = graph.store.put(raw_record(np.zeros((4, 3, 2), np.uint16)))
+    with pytest.raises(RecordError, match="expected routes, got all zeros"):
+        reader.decode(blank, MODEL, False)
+
+
+def test_a_key_with_a_parent_is_held_to_what_its_engine_promises() -> None:
+    graph = Graph()
+    reader = Reader(graph)  # type: ignore[arg-type]
+    ids = routes().ids.copy()
+    ids[1] = 0
+    first = make_record(ids, num_experts=16, moe_layers=(1, 2))
+    second = make_record(routes().ids, num_experts=16, moe_layers=(1, 2), start=4)
+    key = graph.store.put(second, parent=graph.store.put(first))
+    assert reader.get(key).meta.unrouted_rows == (1,)
+    assert reader.decode(key, MODEL, False).meta.invalid == (1,)
+    with pytest.raises(RecordError, match="got 1 rows that repeat one"):
+        reader.decode(key, Expected(3, 2, 16, (1, 2), repeats="refuse"), False)

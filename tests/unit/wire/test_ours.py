@@ -62,8 +62,8 @@ def test_an_unknown_version_of_ours_is_refused_by_its_number() -> None:
         decode(raw, MODEL)
 
 
-def crafted(header: bytes, body: bytes = b"", version: int = 2) -> bytes:
-    seal = checksum(np.frombuffer(header, np.uint8))
+def crafted(header: bytes, body: bytes = b"", version: int = 2, sealed: bytes = b"") -> bytes:
+    seal = checksum(np.frombuffer(header + sealed, np.uint8))
     return struct.pack("<8sHHIQ", b"r3serve\0", version, 0, len(header), seal) + header + body
 
 
@@ -125,6 +125,18 @@ def test_the_version_before_is_read_without_its_hash() -> None:
         from_bytes(crafted(json.dumps({**before, "tracks": []}).encode(), body, version=1))
 
 
+def test_the_rows_that_nobody_routed_come_along() -> None:
+    ids = routes().ids.copy()
+    ids[2, 1] = 7
+    record = make_record(ids, num_experts=300, moe_layers=(1, 2), valid=np.arange(4) != 0)
+    assert (record.meta.invalid, record.meta.unrouted_rows) == ((0, 2), (2,))
+    assert from_bytes(to_bytes(record)).meta == record.meta
+    fields, body = taken_apart(to_bytes(record))
+    bits = body[record.ids.nbytes :]
+    once = crafted(json.dumps({**fields, "unrouted": 1}).encode(), body, sealed=bits)
+    assert from_bytes(once).meta.unrouted == 1  # of those how many there were was said
+
+
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
@@ -143,6 +155,8 @@ def test_the_version_before_is_read_without_its_hash() -> None:
         (header_with(checksum=5), "16 hex digits"),
         (header_with(checksum="x"), "16 hex digits"),
         (header_with(unrouted=1), r"unrouted as an integer in \[0, 0\]"),
+        (header_with(unrouted=[0]), "unrouted rows among those that are not valid"),
+        (header_with(unrouted=[-1]), "each of unrouted as an integer"),
         (header_with(tracks={}), "tracks as a list of up to 16"),
         (header_with(tracks=[{}] * 17), "tracks as a list of up to 16"),
         (header_with(tracks=[{}]), "name is missing"),

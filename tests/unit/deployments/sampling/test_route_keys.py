@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve_app.assemble.joining import joined
 from serve_app.config import StoreArgs
 from serve_app.deployments.sampling.routes import Earlier, RouteKeys
+from serve_app.engines.base import ModelInfo
 from serve_app.errors import KeyReleased
-from serve_app.records import Record, hash_tokens, make_record, new_part_of, part_of
+from serve_app.records import ALL_TRACKS, Record, hash_tokens, make_record, new_part_of, part_of
 from serve_app.store.base import RecordStore
 from serve_app.store.owner.memory import MemoryStore
 from serve_app.types import GenerateRequest
@@ -71,6 +73,34 @@ async def test_parts_keep_their_versions_near_and_far(kind: type[MemoryStore]) -
     np.testing.assert_array_equal(parts[0].ids, record(9).ids)
     assert store.release(tag="mine") == 1
     assert (store.stats().live_keys, store.stats().live_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", [MemoryStore, FarStore])
+@pytest.mark.parametrize("common", [7, 9, 10])
+async def test_an_edited_history_takes_over_what_is_common_near_and_far(
+    kind: type[MemoryStore], common: int
+) -> None:
+    store = kind("app", StoreArgs(backend="memory"))
+    keys = keys_of(store)
+    first = await keys.put(request(), record(9), None)
+    second = await keys.put(request(), record(12, version=1), Earlier(first, 9))
+    edited = [*TOKENS[:common], *range(200, 213 - common)]  # 13 tokens
+    info = ModelInfo("any", 2, (0, 1), 8, 2, 500, 100)
+    earlier = await keys.earlier(second, edited, info, "prefix")
+    assert earlier == Earlier(second, common, is_cut=True)
+    ids = distinct_ids((13, 2, 2), 8, seed=9)
+    new = make_record(ids, num_experts=8, tokens=edited, weight_version=2)
+    key = await keys.put(request(), new, earlier)
+    (chain,) = store.fetch([key], None, ALL_TRACKS)
+    assert isinstance(chain, list)
+    whole = joined(chain)
+    before = [*record(9).ids, *record(12, version=1).ids[9:]]
+    np.testing.assert_array_equal(whole.ids, [*before[:common], *ids[common:]])
+    assert whole.tokens is not None
+    assert whole.tokens.tolist() == edited
+    (parent,) = store.fetch([second])
+    assert isinstance(parent, list)
+    np.testing.assert_array_equal(joined(parent).ids, before)
 
 
 async def test_a_parent_released_meanwhile_is_said() -> None:

@@ -4,9 +4,11 @@ import asyncio
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from serve_app.engines.transformers.expert_rows import ExpertRows
 from serve_app.errors import InvalidRequest
 from tests.engine_contract import LONG, NEW, PROMPT, MakeEngine, check_rows, request, sample
 from tests.plain_model import PlainModel
@@ -41,6 +43,19 @@ async def test_without_a_tokenizer_there_is_no_text(
     assert (done.text, len(done.ids)) == ("", NEW)
     with pytest.raises(InvalidRequest, match="tokenizer"):
         engine.check(request(stop=("x",)))
+
+
+async def test_a_record_without_a_real_row_fails_its_request_alone(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    with monkeypatch.context() as patched:
+        patched.setattr(ExpertRows, "first", lambda rows, count: np.zeros((count, 3, 2), np.uint8))
+        done = await sample(engine, request())
+    assert (done.reason, done.record) == ("error", None)
+    assert "expected routes, got all zeros" in str(done.chunks[-1].error)
+    again = await sample(engine, request())
+    check_rows(again.record, PROMPT, again.ids, engine)
 
 
 async def test_logits_that_are_not_finite_fail_the_request_alone(
