@@ -212,9 +212,10 @@ def put_continued(
 def up_to(segments: Segments, stop: int | None) -> Segments:
     """Return a chain's segments up to position ``stop``, each fit to be put anew.
 
-    All but a key's own record may have been read in part, under a header of the whole.
+    All but a key's own record may have been read in part, under a header of the whole; and it may
+    end before those that it continues.
     """
-    end = segments[-1].meta.stop if stop is None else stop
+    end = end_of([segment.meta for segment in segments]) if stop is None else stop
     return [
         segment
         if segment is segments[-1] and segment.meta.stop <= end

@@ -170,3 +170,14 @@ def test_tokens_that_nobody_knows_hide_none_that_both_know(store: MemoryStore) -
             put_continued(store, child, parent)
         # What nobody knows to be common is not taken over.
         assert put_continued(store, child, parent, "prefix").rows == 1
+
+
+def test_a_child_that_ends_before_its_parent_reads_as_all_of_it(store: MemoryStore) -> None:
+    parent = store.put(part(0, 6, seed=1))
+    shorter = put_continued(store, part(0, 3, seed=2, weight_version=1), parent).key
+    longer = put_continued(store, part(0, 8, seed=3, weight_version=2), shorter).key
+    store.release([parent, shorter])
+    batch = materialize(store, [RoutedSequence(longer, 9)], BatchSpec())
+    np.testing.assert_array_equal(batch.ids[:6], part(0, 6, seed=1).ids)
+    np.testing.assert_array_equal(batch.ids[6:8], part(0, 8, seed=3).ids[6:])
+    assert [batch.versions[number] for number in batch.version_of[:8]] == [0] * 6 + [2] * 2

@@ -35,7 +35,7 @@ class Elsewhere(MemoryStore):
 
 def routes(prefix: tuple[int, ...], version: int) -> np.ndarray:
     """Ids ``[layers, top_k]`` of the row that ends a prefix, as these weights choose them."""
-    rng = np.random.default_rng([version, *prefix])
+    rng = np.random.default_rng([version, len(prefix), *prefix])  # zeros at the end count for none
     return np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(LAYERS)])
 
 
