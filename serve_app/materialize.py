@@ -83,7 +83,10 @@ def materialize(
     padding, copies = Padding(spec, model.num_experts, columns), Copies()
     versions = {record.meta.weight_version for segments in readable for record in segments or ()}
     beside = Beside(rows.rows, versions, tokens="tokens" in spec.tracks)
-    filling = Filling(flat, flat_valid, columns, model, padding, copies, len(rows.pieces), beside)
+    varied = None if beside.is_alike else beside
+    filling = Filling(
+        flat, flat_valid, columns, model, padding, copies, pieces=len(rows.pieces), beside=varied
+    )
     begin = 0
     for number, first, count, at in rows.pieces:
         if number is None or (plan := plans[number]) is None:

@@ -24,6 +24,11 @@ class Beside:
         self.tokens = np.full(rows, UNKNOWN, np.int32) if tokens else None
         self._numbers = {version: number for number, version in enumerate(self.versions)}
 
+    @property
+    def is_alike(self) -> bool:
+        """Whether it is the same of all rows, so that `copy` has nothing to do."""
+        return len(self.versions) <= 1 and self.tokens is None
+
     def copy(self, begin: int, segment: Record, source: int, count: int) -> None:
         """Fill ``count`` rows from ``begin`` on with those of a record from row ``source`` on."""
         here = slice(begin, begin + count)

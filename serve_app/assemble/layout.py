@@ -90,8 +90,13 @@ class Filling:
             target.add(begin, rows[source:end])
         if self._beside is not None:
             self._beside.copy(begin, segment, source, count)
-        self.unrouted += sum(source <= row < end for row in segment.meta.unrouted_rows)
-        for row in segment.meta.invalid:
+        if segment.meta.invalid:
+            self._leave_native(begin, segment.meta, source, end, at)
+
+    def _leave_native(self, begin: int, meta: RecordMeta, source: int, end: int, at: int) -> None:
+        """Mark those of the rows ``source .. end`` that a record itself calls invalid."""
+        self.unrouted += sum(source <= row < end for row in meta.unrouted_rows)
+        for row in meta.invalid:
             if source <= row < end:
                 self._valid[begin + row - source] = False
                 self._native.append((begin + row - source, at + row - source))
