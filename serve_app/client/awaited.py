@@ -45,33 +45,31 @@ class AsyncRoutedExpertsClient:
         self._sync = RoutedExpertsClient(
             app, timeout_s=timeout_s, generate_timeout_s=generate_timeout_s, handles=handles
         )
-        self._rollouts = RolloutCalls(ServedGraph(app, handles, timeout_s))
-        self._generate_timeout_s = generate_timeout_s
+        self._rollouts = RolloutCalls(ServedGraph(app, handles, timeout_s), generate_timeout_s)
 
     async def generate(
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> GenerateResult:
         """See `RoutedExpertsClient.generate`."""
-        return await self._rollouts.generate_async(request, self._limit(timeout_s))
+        return await self._rollouts.generate_async(request, timeout_s)
 
     async def generate_batch(
         self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """See `RoutedExpertsClient.generate_batch`."""
-        return await self._rollouts.generate_batch_async(requests, self._limit(timeout_s))
+        return await self._rollouts.generate_batch_async(requests, timeout_s)
 
     async def generate_group(
         self, request: GenerateRequest, n: int, *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """See `RoutedExpertsClient.generate_group`."""
-        return await self._rollouts.generate_group_async(request, n, self._limit(timeout_s))
+        return await self._rollouts.generate_group_async(request, n, timeout_s)
 
     async def stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> AsyncGenerator[GenerateChunk, None]:
         """See `RoutedExpertsClient.stream`."""
-        limit = self._limit(timeout_s)
-        async with aclosing(self._rollouts.stream_async(request, limit)) as chunks:
+        async with aclosing(self._rollouts.stream_async(request, timeout_s)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -172,6 +170,3 @@ class AsyncRoutedExpertsClient:
     ) -> SnapshotReport:
         """See `RoutedExpertsClient.restore`."""
         return await asyncio.to_thread(self._sync.restore, path, progress=progress)
-
-    def _limit(self, timeout_s: float | None) -> float:
-        return self._generate_timeout_s if timeout_s is None else timeout_s

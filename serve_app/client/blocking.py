@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 class RoutedExpertsClient:
     """Blocking client of one application.
 
-    ``timeout_s`` bounds every call but generation, which has ``generate_timeout_s``.
+    ``timeout_s`` bounds every call but generation, which has ``generate_timeout_s``; who waited so
+    long takes 2 s more at most to tell the engines, and a batch up to 60 s to fetch what is there.
     ``handles`` is for Serve's local testing mode, where no application can be looked up.
     """
 
@@ -66,9 +67,8 @@ class RoutedExpertsClient:
         handles: Handles | None = None,
     ) -> None:
         self._graph = ServedGraph(app, handles, timeout_s)
-        self._rollouts = RolloutCalls(self._graph)
+        self._rollouts = RolloutCalls(self._graph, generate_timeout_s)
         self._reader = Reader(self._graph)
-        self._generate_timeout_s = generate_timeout_s
         self._prefetcher: ThreadPoolExecutor | None = None
 
     def generate(
@@ -79,13 +79,13 @@ class RoutedExpertsClient:
         Raises `InvalidRequest`, `EngineOverloaded`, or `EngineUnavailable` when no replica
         answered in time or the one that sampled died; never retries.
         """
-        return self._rollouts.generate(request, self._limit(timeout_s))
+        return self._rollouts.generate(request, timeout_s)
 
     def generate_batch(
         self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """Sample many rollouts at once; a failed one has finish reason ``error`` and says why."""
-        return self._rollouts.generate_batch(requests, self._limit(timeout_s))
+        return self._rollouts.generate_batch(requests, timeout_s)
 
     def generate_group(
         self, request: GenerateRequest, n: int, *, timeout_s: float | None = None
@@ -94,13 +94,13 @@ class RoutedExpertsClient:
 
         The prompt is processed once, and its rows are stored once. Raises as `generate` does.
         """
-        return self._rollouts.generate_group(request, n, self._limit(timeout_s))
+        return self._rollouts.generate_group(request, n, timeout_s)
 
     def stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None
     ) -> Iterator[GenerateChunk]:
         """Sample one rollout and yield tokens as they come; closing the iterator aborts it."""
-        yield from self._rollouts.stream(request, self._limit(timeout_s))
+        yield from self._rollouts.stream(request, timeout_s)
 
     def abort(self, request_id: str | None = None, *, all: bool = False) -> int:
         """Abort one rollout, or all on every replica; return how many were under way."""
@@ -279,6 +279,3 @@ class RoutedExpertsClient:
     def restore(self, path: str | Path, *, progress: Progress | None = None) -> SnapshotReport:
         """Bring a snapshot's keys back, on this node; altered files are refused by name."""
         return restore(self._graph.shards, Path(path), progress)
-
-    def _limit(self, timeout_s: float | None) -> float:
-        return self._generate_timeout_s if timeout_s is None else timeout_s

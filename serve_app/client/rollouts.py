@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from contextvars import Context
+from types import TracebackType
 from typing import Any
 
 from serve_app.client.requests import failed
@@ -28,28 +29,35 @@ class RolloutCalls:
 
     An answer that its caller leaves, or that comes too late, is abandoned before the caller goes
     on: Serve cancels what still runs, but a key that is on its way would live to the end of its
-    lease. A request that an engine refuses is not: its id may be another one's.
+    lease. A request that an engine refuses is not: its id may be another one's. ``timeout_s`` is
+    the limit of calls that are given none.
     """
 
-    def __init__(self, graph: ServedGraph) -> None:
+    def __init__(self, graph: ServedGraph, timeout_s: float) -> None:
         self._graph = graph
+        self._timeout_s = timeout_s
 
-    def generate(self, request: GenerateRequest, timeout_s: float) -> GenerateResult:
+    def generate(self, request: GenerateRequest, timeout_s: float | None = None) -> GenerateResult:
         """Sample one rollout."""
-        return self._wait(self._graph.engine.generate.remote(request), request, timeout_s)[0]
+        result: GenerateResult = self._wait(
+            self._graph.engine.generate.remote(request), request, timeout_s
+        )
+        return result
 
     def generate_group(
-        self, request: GenerateRequest, n: int, timeout_s: float
+        self, request: GenerateRequest, n: int, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """Sample ``n`` rollouts of one prompt."""
         answer = self._graph.engine.generate_group.remote(request, n)
-        return self._wait(answer, request, timeout_s, n)
+        results: list[GenerateResult] = self._wait(answer, request, timeout_s, n)
+        return results
 
     def generate_batch(
-        self, requests: Sequence[GenerateRequest], timeout_s: float
+        self, requests: Sequence[GenerateRequest], timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """Sample many rollouts at once; a failed one says why."""
-        engine, ends = self._graph.engine, time.monotonic() + timeout_s
+        limit = self._limit(timeout_s)
+        engine, ends = self._graph.engine, time.monotonic() + limit
         answers = [engine.generate.remote(request) for request in requests]
         results: list[GenerateResult] = []
         late: list[GenerateRequest] = []
@@ -62,7 +70,7 @@ class RolloutCalls:
                 except R3Error as error:
                     if _late(error):
                         late.append(request)
-                        error = no_answer(timeout_s)
+                        error = no_answer(limit)
                     results.append(failed(request, error))
         except BaseException:
             for answer in answers[len(results) :]:
@@ -74,54 +82,58 @@ class RolloutCalls:
         return results
 
     def stream(
-        self, request: GenerateRequest, timeout_s: float
+        self, request: GenerateRequest, timeout_s: float | None = None
     ) -> Generator[GenerateChunk, None, None]:
         """Sample one rollout, chunk by chunk."""
-        whole, given_up = False, True
+        whole, fate = False, _Fate()
         try:
-            with closing(self._graph.stream(request, timeout_s)) as chunks:
+            with fate, closing(self._graph.stream(request, self._limit(timeout_s))) as chunks:
                 for chunk in chunks:
                     whole = chunk.result is not None
                     yield chunk
-        except R3Error as error:
-            given_up = _late(error)
+        except R3Error:
             if not whole:  # or all of it came, and then the time was over
                 raise
         finally:
-            if given_up and not whole:
+            if fate.given_up and not whole:
                 self._abandon([request])
 
-    async def generate_async(self, request: GenerateRequest, timeout_s: float) -> GenerateResult:
+    async def generate_async(
+        self, request: GenerateRequest, timeout_s: float | None = None
+    ) -> GenerateResult:
         """Sample one rollout."""
         engine = await self._graph.engine_async()
-        return (await self._await(engine.generate.remote(request), request, timeout_s))[0]
+        answer = engine.generate.remote(request)
+        result: GenerateResult = await self._await(answer, request, timeout_s)
+        return result
 
     async def generate_group_async(
-        self, request: GenerateRequest, n: int, timeout_s: float
+        self, request: GenerateRequest, n: int, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """Sample ``n`` rollouts of one prompt."""
         engine = await self._graph.engine_async()
-        return await self._await(engine.generate_group.remote(request, n), request, timeout_s, n)
+        answer = engine.generate_group.remote(request, n)
+        results: list[GenerateResult] = await self._await(answer, request, timeout_s, n)
+        return results
 
     async def generate_batch_async(
-        self, requests: Sequence[GenerateRequest], timeout_s: float
+        self, requests: Sequence[GenerateRequest], timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """Sample many rollouts at once; a failed one says why."""
         engine, late = await self._graph.engine_async(), list[GenerateRequest]()
 
         async def one(request: GenerateRequest) -> GenerateResult:
-            given_up = True
+            fate = _Fate()
             try:
-                result: GenerateResult = await await_answer(
-                    engine.generate.remote(request), timeout_s
-                )
-                given_up = False
+                with fate:
+                    result: GenerateResult = await await_answer(
+                        engine.generate.remote(request), self._limit(timeout_s)
+                    )
                 return result
             except R3Error as error:
-                given_up = _late(error)
                 return failed(request, error)
             finally:
-                if given_up:
+                if fate.given_up:
                     late.append(request)
 
         try:
@@ -130,52 +142,48 @@ class RolloutCalls:
             await self._abandon_async(late)
 
     async def stream_async(
-        self, request: GenerateRequest, timeout_s: float
+        self, request: GenerateRequest, timeout_s: float | None = None
     ) -> AsyncGenerator[GenerateChunk, None]:
         """Sample one rollout, chunk by chunk."""
-        whole, given_up = False, True
+        whole, fate = False, _Fate()
         try:
-            async with aclosing(self._graph.astream(request, timeout_s)) as chunks:
-                async for chunk in chunks:
-                    whole = chunk.result is not None
-                    yield chunk
-        except R3Error as error:
-            given_up = _late(error)
+            with fate:
+                coming = self._graph.astream(request, self._limit(timeout_s))
+                async with aclosing(coming) as chunks:
+                    async for chunk in chunks:
+                        whole = chunk.result is not None
+                        yield chunk
+        except R3Error:
             if not whole:
                 raise
         finally:
-            if given_up and not whole:
+            if fate.given_up and not whole:
                 await self._abandon_async([request])
 
     def _wait(
-        self, answer: Any, request: GenerateRequest, timeout_s: float, members: int = 0
-    ) -> list[GenerateResult]:
-        given_up = True
+        self, answer: Any, request: GenerateRequest, timeout_s: float | None, members: int = 0
+    ) -> Any:
+        fate = _Fate()
         try:
-            found = wait_answer(answer, timeout_s)
-            given_up = False
-        except R3Error as error:
-            given_up = _late(error)
-            raise
+            with fate:
+                return wait_answer(answer, self._limit(timeout_s))
         finally:
-            if given_up:
+            if fate.given_up:
                 self._abandon([request], members)
-        return found if members else [found]
 
     async def _await(
-        self, answer: Any, request: GenerateRequest, timeout_s: float, members: int = 0
-    ) -> list[GenerateResult]:
-        given_up = True
+        self, answer: Any, request: GenerateRequest, timeout_s: float | None, members: int = 0
+    ) -> Any:
+        fate = _Fate()
         try:
-            found = await await_answer(answer, timeout_s)
-            given_up = False
-        except R3Error as error:
-            given_up = _late(error)
-            raise
+            with fate:
+                return await await_answer(answer, self._limit(timeout_s))
         finally:
-            if given_up:
+            if fate.given_up:
                 await self._abandon_async([request], members)
-        return found if members else [found]
+
+    def _limit(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else timeout_s
 
     async def _abandon_async(self, requests: Sequence[GenerateRequest], members: int = 0) -> None:
         if requests:
@@ -201,6 +209,24 @@ class RolloutCalls:
                 len(ids),
                 failures[0],
             )
+
+
+class _Fate:
+    """Whether what a block waits for is given up: it was left, or the time was over."""
+
+    def __init__(self) -> None:
+        self.given_up = True
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None or isinstance(error, R3Error):
+            self.given_up = error is not None and _late(error)
 
 
 def _late(error: R3Error) -> bool:

@@ -227,11 +227,10 @@ def wait_answer(response: "DeploymentResponse[Any]", timeout_s: float) -> Any:
     """Return an engine call's answer; cancel it when the time is over (Serve would not)."""
     try:
         return response.result(timeout_s=timeout_s)
-    except _failures() as error:
+    except BaseException as error:
         response.cancel()  # type: ignore[no-untyped-call]
-        raise engine_error(error, timeout_s) from None
-    except BaseException:
-        response.cancel()  # type: ignore[no-untyped-call]
+        if isinstance(error, _failures()):
+            raise engine_error(error, timeout_s) from None
         raise
 
 

@@ -88,9 +88,8 @@ def test_a_stream_that_is_left_leaves_no_key(client: RoutedExpertsClient) -> Non
     before = client.stats().live_keys
     chunks = client.stream(request(max_new_tokens=64))
     assert next(iter(chunks)).result is None
-    assert eventually(
-        lambda: client.stats().live_keys > before
-    )  # the engine runs ahead of its reader
+    # The engine runs ahead of its reader.
+    assert eventually(lambda: client.stats().live_keys > before)
     cast(Generator[Any, None, None], chunks).close()
     assert eventually(lambda: client.stats().live_keys == before)
 

@@ -106,7 +106,7 @@ class Graph:
 
 
 def calls(graph: Graph) -> RolloutCalls:
-    return RolloutCalls(cast(ServedGraph, graph))
+    return RolloutCalls(cast(ServedGraph, graph), 60)
 
 
 async def test_what_is_late_is_abandoned_and_what_is_refused_is_not() -> None:

@@ -1,6 +1,5 @@
 """Graphs of LMDeploy replicas on the tests' cluster, begun and removed."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from ray import serve
 from serve_app import RoutedExpertsClient
 from serve_app.config import EngineArgs, StoreArgs
 from serve_app.store.owner.directory import remove_actors
+from tests.eventually import eventually
 from tests.lmdeploy.served.replicas import build
 
 START_S = 180.0
@@ -54,14 +54,12 @@ def served(
 
 def _wait_for(name: str) -> None:
     """Wait until an application runs; Serve would wait for ever where it cannot be placed."""
-    ends = time.monotonic() + START_S
-    while True:
-        found = serve.status().applications[name]
-        if found.status == "RUNNING":
-            return
-        assert found.status == "DEPLOYING", found
-        assert time.monotonic() < ends, found
-        time.sleep(0.1)
+
+    def settled() -> bool:
+        return serve.status().applications[name].status != "DEPLOYING"
+
+    assert eventually(settled, START_S), serve.status().applications[name]
+    assert serve.status().applications[name].status == "RUNNING"
 
 
 def remove(name: str) -> None:

@@ -20,17 +20,17 @@ class ServedReplica:
     """The engine replicas of an application; where there are several, Serve chooses."""
 
     def __init__(self, app: str) -> None:
-        self._rollouts = RolloutCalls(ServedGraph(app, None, TIMEOUT_S))
+        self._rollouts = RolloutCalls(ServedGraph(app, None, TIMEOUT_S), TIMEOUT_S)
         self._handle: Any = serve.get_deployment_handle(ENGINE, app).options(_by_reference=True)
 
     def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
-        return self._rollouts.stream_async(request, TIMEOUT_S)
+        return self._rollouts.stream_async(request)
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        return await self._rollouts.generate_async(request, TIMEOUT_S)
+        return await self._rollouts.generate_async(request)
 
     async def generate_group(self, request: GenerateRequest, n: int) -> list[GenerateResult]:
-        return await self._rollouts.generate_group_async(request, n, TIMEOUT_S)
+        return await self._rollouts.generate_group_async(request, n)
 
     async def abort(self, request_id: str | None = None) -> int:
         return int(await self.call("abort", request_id))
