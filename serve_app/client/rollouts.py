@@ -3,10 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import aclosing, closing
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager
 from contextvars import Context
-from types import TracebackType
 from typing import Any
 
 from serve_app.client.requests import failed
@@ -87,7 +86,10 @@ class RolloutCalls:
         """Sample one rollout, chunk by chunk."""
         whole, fate = False, _Fate()
         try:
-            with fate, closing(self._graph.stream(request, self._limit(timeout_s))) as chunks:
+            with (
+                fate.told(),
+                closing(self._graph.stream(request, self._limit(timeout_s))) as chunks,
+            ):
                 for chunk in chunks:
                     whole = chunk.result is not None
                     yield chunk
@@ -125,7 +127,7 @@ class RolloutCalls:
         async def one(request: GenerateRequest) -> GenerateResult:
             fate = _Fate()
             try:
-                with fate:
+                with fate.told():
                     result: GenerateResult = await await_answer(
                         engine.generate.remote(request), self._limit(timeout_s)
                     )
@@ -147,7 +149,7 @@ class RolloutCalls:
         """Sample one rollout, chunk by chunk."""
         whole, fate = False, _Fate()
         try:
-            with fate:
+            with fate.told():
                 coming = self._graph.astream(request, self._limit(timeout_s))
                 async with aclosing(coming) as chunks:
                     async for chunk in chunks:
@@ -165,7 +167,7 @@ class RolloutCalls:
     ) -> Any:
         fate = _Fate()
         try:
-            with fate:
+            with fate.told():
                 return wait_answer(answer, self._limit(timeout_s))
         finally:
             if fate.given_up:
@@ -176,7 +178,7 @@ class RolloutCalls:
     ) -> Any:
         fate = _Fate()
         try:
-            with fate:
+            with fate.told():
                 return await await_answer(answer, self._limit(timeout_s))
         finally:
             if fate.given_up:
@@ -217,16 +219,15 @@ class _Fate:
     def __init__(self) -> None:
         self.given_up = True
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None or isinstance(error, R3Error):
-            self.given_up = error is not None and _late(error)
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Learn it from how the block ends."""
+        try:
+            yield
+            self.given_up = False
+        except R3Error as error:
+            self.given_up = _late(error)
+            raise
 
 
 def _late(error: R3Error) -> bool:
